@@ -535,6 +535,7 @@ def test_real_lossy_is_close(name):
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_real_12_bit_jpeg_says_so(name):
     assert read_header(_variant(name))["Rows"] == 512
+    if name == "JPEGProcess2_4" and pydicom.__version__ < "3": return # there GDCM is trusted with it
     with pytest.raises(DicomError, match="support"): read_image(_variant(name))
 
 
