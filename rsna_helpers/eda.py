@@ -6,10 +6,10 @@
 __all__ = ['INK', 'ACCENT', 'GREY', 'prepare_tables', 'labelled', 'split_table', 'overall_label', 'subtypes', 'label_counts',
            'plot_label_counts', 'plot_labels_each', 'cooccurrence', 'plot_cooccurrence', 'prevalence',
            'plot_prevalence', 'plot_sizes', 'plot_heights', 'persistence', 'tag_counts', 'syntax_names', 'tag_presence',
-           'slice_gaps', 'plot_geometry', 'oddities', 'read_study', 'thumbnail', 'montage', 'plot_stack',
-           'plot_windows', 'choose_images', 'healthy_image', 'plot_gallery', 'save_gif', 'animate']
+           'slice_gaps', 'plot_geometry', 'oddities', 'read_study', 'thumbnail', 'montage', 'plot_stack', 'dense_share',
+           'choose_images', 'plot_windows', 'healthy_image', 'plot_gallery', 'save_gif', 'animate']
 
-# %% ../nbs/01_eda.ipynb #5c8df645
+# %% ../nbs/01_eda.ipynb #7a023ed0
 import base64
 import io
 import shutil
@@ -26,7 +26,7 @@ from . import dicom
 from .core import Run, fingerprint, save_parquet, stage, writing
 from .dicom import DicomError
 
-# %% ../nbs/01_eda.ipynb #dd5f8b83
+# %% ../nbs/01_eda.ipynb #6cc1b609
 def _files(run: Run) -> pd.DataFrame: # all images of all splits; path relative to `run.raw`, with forward slashes
     files = pd.concat([run.task.list_images(run.raw, s).assign(split=s) for s in run.task.splits], ignore_index=True)
     root = str(run.raw)
@@ -47,7 +47,7 @@ def _read_headers(run, files, folder, n_jobs, progress, step=20_000): # the head
     for c in files: headers[c] = files[c].to_numpy()      # what the task knows (image, split, perhaps patient and study) goes before what the header says
     return headers
 
-# %% ../nbs/01_eda.ipynb #2b9690ee
+# %% ../nbs/01_eda.ipynb #d510e093
 def prepare_tables(run: Run,             # from `core.start`
                    n_jobs: int = None,   # processes; all cores by default
                    progress: bool = True,# show a bar?
@@ -70,7 +70,7 @@ def prepare_tables(run: Run,             # from `core.start`
     labels.attrs["repeated"] = s["result"]["repeated"]
     return labels, headers
 
-# %% ../nbs/01_eda.ipynb #5f701597
+# %% ../nbs/01_eda.ipynb #bbda8780
 def labelled(headers: pd.DataFrame,  # from `prepare_tables`
              labels: pd.DataFrame,   # from `prepare_tables`
             ) -> pd.DataFrame:       # labelled images, ordered by study, series and z, with `height` (0 lowest .. 1 highest slice) and the labels
@@ -91,7 +91,7 @@ def split_table(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # 
         f"labelled {key}s": g[key].apply(lambda s: int(pd.Index(s.unique()).isin(labels.index).sum())), "not readable": g.error.count(), "GB": (g.file_bytes.sum()/1e9).round(2),
         "patients also elsewhere": pd.Series(shared("patient"), g.size().index), "studies also elsewhere": pd.Series(shared("study"), g.size().index)})
 
-# %% ../nbs/01_eda.ipynb #ba5161c9
+# %% ../nbs/01_eda.ipynb #ce217605
 INK, ACCENT, GREY = "#26323c", "#b5352a", "#8fa1ad"      # text, what matters, the rest
 
 def _axes(title, xlabel="", ylabel="", size=(6, 3), ax=None): # axes with a title at the left and no frame
@@ -109,7 +109,7 @@ def subtypes(labels: pd.DataFrame) -> list: # names of columns
     "All labels but the overall one."
     return [c for c in labels if c != overall_label(labels)]
 
-# %% ../nbs/01_eda.ipynb #9a32b78f
+# %% ../nbs/01_eda.ipynb #be45a6c1
 def label_counts(labels: pd.DataFrame) -> pd.DataFrame: # a row a label: positive, share, alone (without another subtype)
     "How often each label is true, and how often it is the only one."
     subs = subtypes(labels); one = labels[subs].sum(axis=1) == 1
@@ -134,7 +134,7 @@ def plot_labels_each(labels: pd.DataFrame, ax=None): # axes
     _log_bars(ax, n, [GREY if i == 0 else ACCENT for i in n.index])
     return ax
 
-# %% ../nbs/01_eda.ipynb #b73ce20a
+# %% ../nbs/01_eda.ipynb #62a51dc5
 def cooccurrence(labels: pd.DataFrame) -> pd.DataFrame: # labels x labels; the diagonal counts the label itself
     "How many rows have both labels."
     x = labels.to_numpy(np.int64); return pd.DataFrame(x.T @ x, labels.columns, labels.columns)
@@ -151,12 +151,12 @@ def plot_cooccurrence(labels: pd.DataFrame): # figure
     n = cooccurrence(labels); subs = subtypes(labels)
     share = n.loc[subs, subs].div(pd.Series(np.diag(n), n.index)[subs].replace(0, np.nan), axis=0); corr = labels[subs].corr()
     fig, (a, b) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=72, layout="constrained")
-    _axes(f"of the {labels.index.name or 'row'}s with the row's label, share with the column's too", ax=a); _heat(a, share.where(~np.eye(len(subs), dtype=bool)), ".0%", 0, 1, "Reds")
-    corr = corr.where(~np.eye(len(subs), dtype=bool)); most = max(.5, float(corr.abs().max().max() or 0))
+    _axes("share that has the column's label as well", ax=a); _heat(a, share.where(~np.eye(len(subs), dtype=bool)), ".0%", 0, 1, "Reds")
+    corr = corr.where(~np.eye(len(subs), dtype=bool)); most = max(.5, float(np.nan_to_num(corr.abs().max().max())))
     _axes("correlation of the subtypes", ax=b); _heat(b, corr, ".2f", -most, most, "RdBu_r")
     return fig
 
-# %% ../nbs/01_eda.ipynb #53861f97
+# %% ../nbs/01_eda.ipynb #18bf1e5e
 def prevalence(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # a row a label, a column a level: share with the label, and `n`
     "Share of images, studies and patients with each label; the first row, `n`, counts them."
     t = labelled(headers, labels); out = {}
@@ -168,12 +168,12 @@ def plot_prevalence(headers: pd.DataFrame, labels: pd.DataFrame, ax=None): # axe
     "The same labels, counted by image, by study and by patient."
     t = prevalence(headers, labels); n = t.loc["n"]; t = t.drop("n").sort_values(t.columns[-1])
     ax = _axes("Rare in images, common in patients", "share with the label", size=(6, .45*len(t) + 1), ax=ax)
-    for k, (c, colour) in enumerate(zip(t, [GREY, INK, ACCENT][-t.shape[1]:])):
-        ax.barh(np.arange(len(t)) + (k - 1)*.26, t[c], height=.24, color=colour, label=f"{c} (n = {n[c]:,.0f})")
-    ax.set_yticks(range(len(t)), t.index); ax.xaxis.set_major_formatter("{x:.0%}"); ax.legend(fontsize=8, frameon=False, loc="lower right", reverse=True)
+    for k, (c, colour) in enumerate(zip(t.columns[::-1], [ACCENT, INK, GREY])):
+        ax.barh(np.arange(len(t)) + (1 - k)*.26, t[c], height=.24, color=colour, label=f"{c} (n = {n[c]:,.0f})")
+    ax.set_yticks(range(len(t)), t.index); ax.xaxis.set_major_formatter("{x:.0%}"); ax.legend(fontsize=8, frameon=False, loc="lower right")
     return ax
 
-# %% ../nbs/01_eda.ipynb #a4132536
+# %% ../nbs/01_eda.ipynb #8ce37e6a
 def _hist(ax, values, bins, title, xlabel, ylabel): # a histogram; says so where there is nothing to count
     v = pd.to_numeric(pd.Series(np.asarray(values)), errors="coerce").dropna()
     _axes(title, xlabel, ylabel, ax=ax)
@@ -189,7 +189,7 @@ def plot_sizes(headers: pd.DataFrame): # figure
     _axes("Some patients come more than once", "studies of the patient", "patients (logarithmic)", ax=b); _log_bars(b, m, [ACCENT]*len(m))
     return fig
 
-# %% ../nbs/01_eda.ipynb #55a61996
+# %% ../nbs/01_eda.ipynb #4c3ce1de
 def plot_heights(headers: pd.DataFrame, labels: pd.DataFrame, bins: int = 12, ax=None): # axes
     "Share of images with each label by height in the series."
     t = labelled(headers, labels); t = t[t.error.isna()]; subs = [c for c in subtypes(labels) if t[c].any()]
@@ -206,7 +206,7 @@ def persistence(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # 
     share = lambda c, v: t[c][below[c] == v].mean()
     return pd.DataFrame({"all slices": t[cols].mean(), "slice below positive": [share(c, 1) for c in cols], "slice below negative": [share(c, 0) for c in cols]}, index=cols)
 
-# %% ../nbs/01_eda.ipynb #21872dbe
+# %% ../nbs/01_eda.ipynb #c1ba365c
 def tag_counts(headers: pd.DataFrame, # from `prepare_tables`
                tags,                  # columns to count together
                top: int = 12,         # rows of the result; the rest goes into one
@@ -229,7 +229,7 @@ def tag_presence(headers: pd.DataFrame) -> pd.DataFrame: # a row a tag that some
     out = pd.DataFrame({"files with it": t.count(), "share": t.notna().mean().round(4), "values": t.nunique()})
     return out[out["files with it"] < len(t)].sort_values("files with it")
 
-# %% ../nbs/01_eda.ipynb #cb87eb7e
+# %% ../nbs/01_eda.ipynb #5b6486b2
 def slice_gaps(headers: pd.DataFrame) -> pd.Series: # mm, a value a pair of neighbours
     "Distance to the next slice of the series, along the slice normal."
     t = headers.dropna(subset="z").sort_values(["study", "series", "z"])
@@ -239,12 +239,12 @@ def plot_geometry(headers: pd.DataFrame): # figure
     "Pixel spacing, distance of the slices and tilt of the gantry."
     tilt = headers.groupby("study").tilt.median(); gaps = slice_gaps(headers)
     fig, ax = plt.subplots(1, 3, figsize=(10, 2.6), dpi=72, layout="constrained")
-    _hist(ax[0], headers.groupby("study").spacing_row.median(), 25, "A pixel is half a millimetre ..." if headers.spacing_row.median() < .75 else "Pixel spacing", "pixel spacing (mm)", "studies")
-    _hist(ax[1], gaps.clip(upper=gaps.quantile(.999) if len(gaps) else 1), 30, "... a slice is millimetres away", "distance to the next slice (mm)", "pairs of slices")
-    _hist(ax[2], tilt, 25, "Many a gantry is tilted", "tilt from the nearest axis (degrees)", "studies")
+    _hist(ax[0], headers.groupby("study").spacing_row.median(), 25, "Size of a pixel", "pixel spacing (mm)", "studies")
+    _hist(ax[1], gaps.clip(upper=gaps.quantile(.999) if len(gaps) else 1), 30, "Step to the next slice", "distance to the next slice (mm)", "pairs of slices")
+    _hist(ax[2], tilt, 25, "Tilt of the gantry", "tilt from the nearest axis (degrees)", "studies")
     return fig
 
-# %% ../nbs/01_eda.ipynb #fb262284
+# %% ../nbs/01_eda.ipynb #990eaee2
 def _odd_files(h): # (what, names, out of what, what becomes of it) for single files
     pick = lambda m: h.image[m.fillna(False).astype(bool)]
     d, u12 = h.format.eq("dicom"), h.bits_stored.eq(12) & h.signed.eq(0)
@@ -286,7 +286,7 @@ def _odd_labels(h, labels): # the same for the label file
     yield f"labels without {key}s", labels.index[~labels.index.isin(h[key])].to_series(), "not used"
     yield "labels that are never true", pd.Series([c for c in labels if not labels[c].any()]), "cannot be learned or scored"
 
-# %% ../nbs/01_eda.ipynb #812f18bf
+# %% ../nbs/01_eda.ipynb #f9a5a916
 def oddities(headers: pd.DataFrame, # from `prepare_tables`
              labels: pd.DataFrame,  # from `prepare_tables`
             ) -> pd.DataFrame:      # a row a thing that was looked for: oddity, count, example, what_then; 0 where there is none
@@ -295,7 +295,7 @@ def oddities(headers: pd.DataFrame, # from `prepare_tables`
     found = [*_odd_files(h), *_odd_studies(h), *_odd_labels(h, labels)]
     return pd.DataFrame([dict(oddity=what, count=n if isinstance(n, int) else len(n), example="" if isinstance(n, int) or not len(n) else str(n.iloc[0]), what_then=then) for what, n, then in found])
 
-# %% ../nbs/01_eda.ipynb #f916e2a5
+# %% ../nbs/01_eda.ipynb #4ba3ca88
 def read_study(run: Run,               # from `core.start`
                headers: pd.DataFrame,  # from `prepare_tables`
                study: str,             # StudyInstanceUID
@@ -332,7 +332,7 @@ def thumbnail(hu: np.ndarray,   # (rows, columns) HU, or None for a file that ca
     y, x = (px - im.shape[0])//2, (px - im.shape[1])//2; out[y:y + im.shape[0], x:x + im.shape[1]] = np.rint(im*255)
     return out
 
-# %% ../nbs/01_eda.ipynb #3a19e700
+# %% ../nbs/01_eda.ipynb #528ffcee
 def _study_box(stack): # one box for all slices, so that the head does not jump
     boxes = np.array([_box(hu) for hu in stack if hu is not None])
     same = len({hu.shape for hu in stack if hu is not None}) == 1
@@ -341,70 +341,80 @@ def _study_box(stack): # one box for all slices, so that the head does not jump
 def montage(stack,              # HU images in order; None is drawn as a cross
             window="brain",     # name of a window, or (centre, width) in HU
             every: int = 1,     # show each n-th
-            cols: int = 10,     # pictures in a row
+            cols: int = None,   # pictures in a row; by default 8 to 11, what leaves the least empty
             px: int = 84,       # side of a picture
             captions=None,      # a text an image, drawn small
             mark=None,          # a truth value an image: draw a frame?
             title: str = "",
            ):                   # axes
     "One study at a glance, in reading order."
-    box, shown = _study_box(stack), range(0, len(stack), every); n = -(-len(shown)//cols)
+    box, shown = _study_box(stack), range(0, len(stack), every); cols = cols or min(range(8, 12), key=lambda c: -len(shown) % c); n = -(-len(shown)//cols)
     sheet = np.zeros((n*px, cols*px), np.uint8)
     _, ax = plt.subplots(figsize=(cols*px/72, n*px/72 + .3), dpi=72, layout="constrained")
     for k, i in enumerate(shown):
         y, x = k//cols*px, k % cols*px; sheet[y:y + px, x:x + px] = thumbnail(stack[i], window, px, box)
         if mark is not None and mark[i]: ax.add_patch(plt.Rectangle((x + .5, y + .5), px - 3, px - 3, fill=False, color="#ff6b57", lw=1.5))
-        ax.text(x + 4, y + 5, captions[i] if captions is not None else i, color="white", fontsize=6, va="top")
+        ax.text(x + 4, y + 5, captions[i] if captions is not None else i + 1, color="white", fontsize=6, va="top")
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=255); ax.set_title(title, loc="left", fontsize=10, color=INK); ax.axis("off")
     return ax
 
-def plot_stack(run: Run, headers: pd.DataFrame, labels: pd.DataFrame, study: str, window="brain", every: int = 1, cols: int = 10): # axes
+def plot_stack(run: Run, headers: pd.DataFrame, labels: pd.DataFrame, study: str, window="brain", every: int = 1, cols: int = None): # axes
     "One study in order, numbered from the lowest slice; the images with a label are framed."
     stack, rows = read_study(run, headers, study); key = labels.index.name or "image"
     subs = subtypes(labels); y = labels.reindex(rows[key])[subs].fillna(0); names = [c for c in subs if y[c].any()]
     title = f"study {study}, {len(stack)} slices from the lowest up, {window} window; framed: {', '.join(names) or 'none'}"
     return montage(stack, window, every, cols, mark=y.max(axis=1).eq(1).to_numpy(), title=title)
 
-# %% ../nbs/01_eda.ipynb #ca02b952
+# %% ../nbs/01_eda.ipynb #0b5384e3
+def dense_share(hu: np.ndarray, # (rows, columns) HU
+               ) -> float:      # 0..1
+    "Share of the picture that lies inside the skull and is as dense as fresh blood. 0 where the skull is not closed."
+    s = cv2.blur(hu[::2, ::2].astype(np.float32), (3, 3)); bone = cv2.morphologyEx((s > 150).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((7, 7), np.uint8))
+    flood = np.pad(bone, 1); cv2.floodFill(flood, None, (0, 0), 2)
+    inside = cv2.erode((flood[1:-1, 1:-1] == 0).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
+    return float((inside & (s > 50) & (s < 100)).mean())
+
+def choose_images(run: Run,              # from `core.start`
+                  headers: pd.DataFrame, # from `prepare_tables`
+                  labels: pd.DataFrame,  # from `prepare_tables`
+                  n: int = 4,            # images a label, each of another study
+                 ) -> pd.DataFrame:      # label, image, study, path, height, alone (no other subtype), seen (`dense_share`); fewer than n where there are no more
+    "Images that show a subtype well, best first."
+    t = labelled(headers, labels); t = t[t.error.isna()]; subs, truth, out = subtypes(labels), run.truth, []
+    for c in subs:
+        pos = t[t[c].eq(1)]; one = pos[pos[subs].sum(axis=1).eq(1)]; a = one if one.study.nunique() >= min(n, pos.study.nunique()) else pos
+        g = a.groupby("study").image; size = g.transform("size"); score = size - (g.cumcount() - (size - 1)/2).abs()/(size + 1)
+        if truth is not None and f"{c}_mm2" in truth: score = a.image.map(truth[f"{c}_mm2"])
+        a = a.assign(score=score, label=c, alone=a[subs].sum(axis=1).eq(1)).sort_values("score", ascending=False, kind="stable").drop_duplicates("study")[:4*n]
+        out.append(a.assign(seen=[_seen(run, p) for p in a.path]).sort_values("seen", ascending=False, kind="stable")[:n])
+    return pd.concat(out)[["label", "image", "study", "path", "height", "alone", "seen"]].reset_index(drop=True)
+
+def _seen(run, path) -> float: # `dense_share` of a file; below 0 if it cannot be read
+    try: return dense_share(run.task.read_image(run.raw/path)[0])
+    except DicomError: return -1.
+
+# %% ../nbs/01_eda.ipynb #0bb11c87
 def plot_windows(hu: np.ndarray,   # (rows, columns) HU
                  windows=("brain", "subdural", "soft", "bone"), # names in `dicom.WINDOWS`
                  title: str = "",
                 ):                 # figure
     "The same slice in several windows, over the histogram of its HU with the ranges of the windows."
-    fig = plt.figure(figsize=(2.3*len(windows), 4.4), dpi=72, layout="constrained"); top, low = fig.subfigures(2, 1, height_ratios=[2.3, 2])
+    fig = plt.figure(figsize=(2.3*len(windows), 4.8), dpi=72, layout="constrained"); top, low = fig.subfigures(2, 1, height_ratios=[2.1, 2.4])
     for w, ax in zip(windows, top.subplots(1, len(windows))):
-        ax.imshow(thumbnail(hu, w, 160, _box(hu)), cmap="gray", vmin=0, vmax=255); ax.axis("off"); ax.set_title("{}: {:g} ± {:g} HU".format(w, _window(w)[0], _window(w)[1]/2), fontsize=9)
-    ax = _axes(title or "Where the windows lie: most of the picture is air, most of the head within 100 HU", "HU", "pixels (logarithmic)", ax=low.subplots())
-    ax.hist(hu.ravel(), bins=np.arange(-1050, 2050, 20), color=GREY); ax.set_yscale("log"); ax.set_xlim(-1050, 2000); high = ax.get_ylim()[1]
-    for k, (w, colour) in enumerate(zip(windows, plt.cm.Dark2.colors)):
-        c, width = _window(w); ax.plot([max(c - width/2, -1050), min(c + width/2, 2000)], [high*2.2**(k + .4)]*2, color=colour, lw=4, solid_capstyle="butt"); ax.text(min(c + width/2, 1880) + 15, high*2.2**(k + .4), w, fontsize=8, va="center", color=colour)
-    ax.set_ylim(.7, high*2.2**(len(windows) + .3))
+        ax.imshow(thumbnail(hu, w, 160, _box(hu)), cmap="gray", vmin=0, vmax=255); ax.axis("off"); ax.set_title(w, fontsize=9, color=INK)
+    bars, ax = low.subplots(2, 1, sharex=True, height_ratios=[1, 1.8]); ends = np.array([[c - w/2, c + w/2] for c, w in map(_window, windows)])
+    _axes(title or "What each window shows from black to white, and what there is to see", ax=bars); bars.barh(list(windows), ends[:, 1] - ends[:, 0], left=ends[:, 0], color=ACCENT, height=.55); bars.invert_yaxis()
+    _axes("", "HU", "pixels (logarithmic)", ax=ax); ax.hist(hu.ravel(), bins=np.arange(-1050, 2050, 20), color=GREY); ax.set_yscale("log"); ax.set_xlim(-1050, 2050)
     return fig
 
-# %% ../nbs/01_eda.ipynb #4e1ca2a8
-def choose_images(headers: pd.DataFrame, # from `prepare_tables`
-                  labels: pd.DataFrame,  # from `prepare_tables`
-                  n: int = 4,            # images a label, each of another study
-                  truth=None,            # `run.truth`: areas in mm2, where they are known
-                 ) -> pd.DataFrame:      # label, image, study, path, height, alone; fewer than n where there are no more
-    "Images that show one subtype well: alone if possible, amid the longest runs of positive slices or, with `truth`, where it is largest."
-    t = labelled(headers, labels); t = t[t.error.isna()]; subs = subtypes(labels); out = []
-    for c in subs:
-        a = t[t[c].eq(1) & t[subs].sum(axis=1).eq(1)]; alone = a.study.nunique() >= min(n, t.study[t[c].eq(1)].nunique())
-        a = a if alone else t[t[c].eq(1)]; g = a.groupby("study").image; size = g.transform("size")
-        score = size - (g.cumcount() - (size - 1)/2).abs()/(size + 1)
-        if truth is not None and f"{c}_mm2" in truth: score = a.image.map(truth[f"{c}_mm2"])
-        a = a.assign(score=score, label=c, alone=a[subs].sum(axis=1).eq(1)).sort_values("score", ascending=False, kind="stable")
-        out.append(a.drop_duplicates("study")[:n])
-    return pd.concat(out)[["label", "image", "study", "path", "height", "alone"]].reset_index(drop=True)
-
+# %% ../nbs/01_eda.ipynb #485f4e20
 def healthy_image(headers: pd.DataFrame, labels: pd.DataFrame, height: float, skip: int = 0) -> pd.Series: # row of `labelled`, or None
     "An image of a study without any label, at a height (0 lowest, 1 highest slice); `skip` gives other studies."
     t = labelled(headers, labels); t = t[t.error.isna() & ~t.study.isin(t.study[t[list(labels)].any(axis=1)])]
     t = t.assign(off=(t.height - height).abs()).sort_values("off", kind="stable").drop_duplicates("study").sort_values("study")
     return t.iloc[skip % len(t)] if len(t) else None
 
-# %% ../nbs/01_eda.ipynb #5594eb72
+# %% ../nbs/01_eda.ipynb #26df55b8
 def plot_gallery(run: Run,               # from `core.start`
                  headers: pd.DataFrame,  # from `prepare_tables`
                  labels: pd.DataFrame,   # from `prepare_tables`
@@ -413,15 +423,15 @@ def plot_gallery(run: Run,               # from `core.start`
                  px: int = 132,          # side of a picture
                 ):                       # figure
     "A row a label: images that show it, in a window that suits it, and a healthy one at the same height."
-    subs, picks = subtypes(labels), choose_images(headers, labels, n, run.truth); windows = windows or {}
-    fig, axes = plt.subplots(len(subs), n + 1, figsize=((n + 1)*px/72, len(subs)*(px + 14)/72), dpi=72, squeeze=False, layout="constrained")
+    subs, picks = subtypes(labels), choose_images(run, headers, labels, n); windows = windows or {}
+    fig, axes = plt.subplots(len(subs), n + 1, figsize=((n + 1)*px/72 + .6, len(subs)*(px + 14)/72), dpi=72, squeeze=False, layout="constrained")
     fig.get_layout_engine().set(w_pad=.01, h_pad=.01, hspace=0, wspace=.01)
     for k, (c, row) in enumerate(zip(subs, axes)):
         w = windows.get(c, run.task.windows[0]); some = picks[picks.label == c]
         normal = healthy_image(headers, labels, some.height.iloc[0], k) if len(some) else None
         for ax, r in zip(row, [*some.itertuples(), *[None]*(n - len(some)), normal]):
             _tile(ax, run, r, w, px, "healthy" if r is normal else "" if getattr(r, "alone", True) else "with others")
-        row[0].text(-.04, .5, f"{c}\n({w})", rotation=90, ha="center", va="center", transform=row[0].transAxes, fontsize=8, color=INK, clip_on=False)
+        row[0].text(-.03, .5, f"{c}\n{w} window", rotation=90, ha="right", va="center", multialignment="center", transform=row[0].transAxes, fontsize=8, color=INK)
         if not len(some): row[0].text(.5, .5, "none in\nthese data", ha="center", va="center", transform=row[0].transAxes, fontsize=8, color=GREY)
     return fig
 
@@ -429,14 +439,14 @@ def _tile(ax, run, r, window, px, note): # one picture of the gallery
     ax.axis("off")
     if r is None: return
     hu = run.task.read_image(run.raw/r.path)[0]
-    ax.imshow(thumbnail(hu, window, px, _box(hu)), cmap="gray", vmin=0, vmax=255); ax.set_title(f"{r.image}  {note}", fontsize=6, color=GREY, pad=2)
+    ax.imshow(thumbnail(hu, window, px, _box(hu)), cmap="gray", vmin=0, vmax=255); ax.set_title(f"{r.image}  {note}", fontsize=7, color=INK, pad=2)
 
-# %% ../nbs/01_eda.ipynb #e42396a7
+# %% ../nbs/01_eda.ipynb #3963a20e
 def _gif(stack, window, px, captions, mark, ms, levels): # bytes of an animated GIF
     box, frames = _study_box(stack), []; grey = np.round(np.linspace(0, 255, levels)).astype(int)
     palette = [*np.repeat(grey, 3), 255, 107, 87] + [0]*(768 - 3*levels - 3)
     for i, hu in enumerate(stack):
-        im = Image.fromarray(np.rint(thumbnail(hu, window, px, box)/255*(levels - 1)).astype(np.uint8), mode=None)
+        im = Image.fromarray(np.rint(thumbnail(hu, window, px, box)/255*(levels - 1)).astype(np.uint8))
         im = Image.frombytes("P", im.size, im.tobytes()); im.putpalette(palette); draw = ImageDraw.Draw(im); on = mark is not None and bool(mark[i])
         draw.text((3, 1), captions[i] if captions is not None else f"{i + 1}/{len(stack)}", fill=levels if on else levels - 1)
         if on: draw.rectangle((0, 0, px - 1, px - 1), outline=levels)
@@ -456,10 +466,10 @@ def save_gif(stack,              # HU images in order
     "A study as an animated GIF."
     with writing(path) as p: Path(p).write_bytes(_gif(stack, window, px, captions, mark, ms, levels))
 
-def animate(stack, window="brain", captions=None, mark=None, px: int = 192, ms: int = 160, max_kb: int = 300): # HTML, shown by the notebook
+def animate(stack, window="brain", captions=None, mark=None, px: int = 192, ms: int = 160, max_kb: int = 280): # HTML, shown by the notebook
     "A study as an animation in the notebook, made smaller until it is at most `max_kb` KB."
     from IPython.display import HTML
-    for levels, side in ((48, px), (32, px), (24, px), (24, px*3//4), (16, px*5//8), (12, px//2)):
+    for levels, side in ((48, px), (32, px), (32, px*7//8), (24, px*7//8), (24, px*3//4), (16, px*5//8), (12, px//2), (8, px*3//8)):
         gif = _gif(stack, window, side, captions, mark, ms, levels); text = base64.b64encode(gif).decode()
         if len(text) <= max_kb*1024: break
-    return HTML(f'<img alt="{len(stack)} slices, one after the other" width="{2*side if side < 160 else int(1.6*side)}" src="data:image/gif;base64,{text}">')
+    return HTML(f'<img alt="{len(stack)} slices, one after the other" width="{int(1.75*px)}" src="data:image/gif;base64,{text}">')

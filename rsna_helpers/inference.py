@@ -6,7 +6,7 @@
 __all__ = ['log', 'find_images', 'predict', 'stack_images', 'fill_in', 'submission_path', 'score_held_out', 'submit',
            'print_summary']
 
-# %% ../nbs/05_inference_submission.ipynb #e90a41c5
+# %% ../nbs/05_inference_submission.ipynb #d04a823e
 import logging
 import tempfile
 from dataclasses import replace
@@ -18,12 +18,13 @@ import pandas as pd
 from . import dicom
 from .baselines import baselines
 from .core import Run, load_json, save_json, save_parquet, versions
+from .eda import prepare_tables
 from .metrics import class_report
 from .models import load_model
 from .npy import convert, load_index
 from .train import compare, fit, predict_table, training_table
 
-# %% ../nbs/05_inference_submission.ipynb #61bd7cd4
+# %% ../nbs/05_inference_submission.ipynb #bbb0a3bc
 log = logging.getLogger("rsna_helpers")
 
 def find_images(where,      # a folder (searched with its subfolders), a file, or a list of files
@@ -42,7 +43,7 @@ def _names(paths: list) -> list: # a distinct name for each file: its stem, else
     stems = [Path(p).name.removesuffix(".dcm") for p in paths]
     return stems if len(set(stems)) == len(stems) else [str(p) for p in paths]
 
-# %% ../nbs/05_inference_submission.ipynb #6a9cd8c9
+# %% ../nbs/05_inference_submission.ipynb #de4ee1dc
 def predict(run: Run,             # from `core.start`
             images=None,          # folder, file or list of files; default: the competition's test images
             folder=None,          # model folder; default: the one of the run's profile, trained if it is not there
@@ -82,7 +83,7 @@ def fill_in(p: pd.DataFrame,      # predictions of the images that could be read
     out = p.reindex(wanted).fillna(prior); out.attrs["filled"] = filled
     return out
 
-# %% ../nbs/05_inference_submission.ipynb #23a9cb78
+# %% ../nbs/05_inference_submission.ipynb #e9bb26ec
 def submission_path(run: Run) -> Path: # where `submission.csv` goes
     "On Kaggle the folder that is submitted, elsewhere beside the data."
     return Path("/kaggle/working/submission.csv") if run.platform == "kaggle" else run.data/"submission.csv"
@@ -93,7 +94,7 @@ def score_held_out(run: Run, p: pd.DataFrame, index: pd.DataFrame): # report dic
     labels = list(run.task.labels); train = training_table(run)
     index = index.assign(brain_cm2=index.brain_cm2.fillna(0.), patient=index.patient.fillna(index.index.to_series()))
     t = index.join(run.truth.loc[index.index, labels]); held = t[~t.patient.isin(train.patient)]
-    base = baselines(run, train, held[held.position >= 0], pd.read_parquet(run.data/"tables"/"headers.parquet"))
+    base = baselines(run, train, held[held.position >= 0], prepare_tables(run)[1])
     base = {k: v.reindex(held.index).fillna(train[labels].mean()) for k, v in base.items()}
     table = compare(run, held, {**base, "model": p.loc[held.index]})
     classes = class_report(held[labels].to_numpy(), p.loc[held.index, labels].to_numpy(), labels, held.patient.to_numpy(), seed=run.seed)
@@ -113,7 +114,7 @@ def submit(run: Run,           # from `core.start`
     save_json(report, run.data/"submission.json")
     return report
 
-# %% ../nbs/05_inference_submission.ipynb #c710127f
+# %% ../nbs/05_inference_submission.ipynb #a98f1093
 def print_summary(run: Run): # prints
     "The result of a whole run: the score beside the constant prediction, and where things are."
     report = load_json(run.data/"submission.json")

@@ -6,7 +6,7 @@
 __all__ = ['INDEX', 'head_box', 'study_box', 'crop_square', 'brain_area', 'safe_name', 'assign_studies', 'order_slices',
            'stack_study', 'convert', 'create_npy', 'summary', 'load_index', 'load_stack']
 
-# %% ../nbs/02_create_npy.ipynb #26c0999a
+# %% ../nbs/02_create_npy.ipynb #b59463b1
 import os
 import re
 from pathlib import Path
@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from . import dicom
 from .core import Run, fingerprint, save_parquet, stage, writing
 from .dicom import AIR, DicomError
+from .eda import prepare_tables
 
-# %% ../nbs/02_create_npy.ipynb #cdb2c887
+# %% ../nbs/02_create_npy.ipynb #ad776e4e
 def head_box(hu: np.ndarray,  # (rows, columns) HU
             ):                # (top, bottom, left, right) in pixels, or None where nothing is there
     "Bounding box of the head (or neck) in one slice."
@@ -33,7 +34,7 @@ def head_box(hu: np.ndarray,  # (rows, columns) HU
     x, y, w, h, area = stats[1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])]
     return None if area < .004*small.size else (int(y*k), int(min((y+h)*k, hu.shape[0])), int(x*k), int(min((x+w)*k, hu.shape[1])))
 
-# %% ../nbs/02_create_npy.ipynb #86208d9d
+# %% ../nbs/02_create_npy.ipynb #ed222ea1
 def study_box(boxes,        # `head_box` of each slice
               shape,        # (rows, columns)
               margin=.04,   # share of the side that is left around
@@ -45,7 +46,7 @@ def study_box(boxes,        # `head_box` of each slice
     side = int(np.ceil(max(bottom - top, right - left)*(1 + 2*margin)))
     return int(round((top + bottom - side)/2)), int(round((left + right - side)/2)), side
 
-# %% ../nbs/02_create_npy.ipynb #d0d7e439
+# %% ../nbs/02_create_npy.ipynb #36f05e9c
 def crop_square(hu: np.ndarray,    # (rows, columns)
                 top: int, left: int, side: int,  # the square, in pixels; what lies outside the picture is air
                ) -> np.ndarray:    # (side, side)
@@ -55,7 +56,7 @@ def crop_square(hu: np.ndarray,    # (rows, columns)
     if b > t and r > l: out[t-top:b-top, l-left:r-left] = hu[t:b, l:r]
     return out
 
-# %% ../nbs/02_create_npy.ipynb #b8fa5d61
+# %% ../nbs/02_create_npy.ipynb #49accd71
 def brain_area(hu: np.ndarray,     # (rows, columns) HU
                mm2: float = 1.,    # area of a pixel, mm2
               ) -> float:          # cm2
@@ -67,7 +68,7 @@ def brain_area(hu: np.ndarray,     # (rows, columns) HU
     cv2.floodFill(outside, mask, (0, 0), 1)
     return float(((outside[1:-1, 1:-1] == 0) & (s > 0) & (s < 80)).sum()*k*k*mm2/100)
 
-# %% ../nbs/02_create_npy.ipynb #afdea92b
+# %% ../nbs/02_create_npy.ipynb #966aee6e
 def safe_name(s: str) -> str: # letters, digits, '.', '_' and '-'
     "A name that can be a file."
     return re.sub(r"[^\w.-]", "_", str(s)) or "unnamed"
@@ -85,7 +86,7 @@ def assign_studies(headers: pd.DataFrame,  # from `dicom.header_table`
     order = pd.to_numeric(order).clip(lower=0).astype(int)
     return name.where(order == 0, name + "-" + order.astype(str))
 
-# %% ../nbs/02_create_npy.ipynb #6cd028bc
+# %% ../nbs/02_create_npy.ipynb #59909edb
 def order_slices(rows: pd.DataFrame,   # header rows of a stack
                 ) -> pd.DataFrame:     # the same, in order, with z (mm), gap to the next (mm) and flags
     "Order along the slice normal; by instance number, then name, where positions are absent."
@@ -101,7 +102,7 @@ def order_slices(rows: pd.DataFrame,   # header rows of a stack
 def _flag_pixels(hu) -> str: # oddities of the pixels
     return "constant;" if hu.min() == hu.max() else "no tissue;" if not (hu > 0).any() else ""
 
-# %% ../nbs/02_create_npy.ipynb #85bae35f
+# %% ../nbs/02_create_npy.ipynb #1ef682ea
 def stack_study(rows: pd.DataFrame,   # header rows of one study
                 read,                 # path -> (HU, header), may raise `DicomError`
                 size: int = 256,      # side of the stack in pixels
@@ -124,7 +125,7 @@ def stack_study(rows: pd.DataFrame,   # header rows of one study
         r.update(position=i, n_slices=len(good), crop_top=top, crop_left=left, crop_side=side, mm_row=mm[0], mm_col=mm[1], brain_cm2=brain_area(stack[i], np.nan_to_num(mm[0]*mm[1], nan=1.)))
     return stack, good + bad
 
-# %% ../nbs/02_create_npy.ipynb #80b82a4b
+# %% ../nbs/02_create_npy.ipynb #7ff0ad35
 INDEX = ["image", "study", "patient", "split", "position", "n_slices", "z", "gap", "tilt", "thickness", "spacing_row", "spacing_col", "mm_row", "mm_col",
          "rows", "columns", "crop_top", "crop_left", "crop_side", "brain_cm2", "notes", "repaired", "path", "error"]
 
@@ -145,7 +146,7 @@ def _one(rows, out, read, size, crop): # convert a study unless it is there; its
     save_parquet(index, note)
     return index
 
-# %% ../nbs/02_create_npy.ipynb #7bd14daa
+# %% ../nbs/02_create_npy.ipynb #551cefe8
 def convert(headers: pd.DataFrame,   # from `dicom.header_table`, with columns split and path
             folder,                  # where the stacks go
             read,                    # path -> (HU, header)
@@ -159,25 +160,23 @@ def convert(headers: pd.DataFrame,   # from `dicom.header_table`, with columns s
     jobs = Parallel(n_jobs=n_jobs or os.cpu_count(), return_as="generator")(delayed(_one)(g, folder/f"{s}.npy", read, size, crop) for s, g in groups)
     return pd.concat(tqdm(jobs, total=groups.ngroups, desc="npy: studies", disable=not progress), ignore_index=True)
 
-# %% ../nbs/02_create_npy.ipynb #cd0ae5ff
+# %% ../nbs/02_create_npy.ipynb #f767d319
 def create_npy(run: Run,             # from `core.start`
                size: int = None,     # side of the stacks in pixels; by default 256 (96 in the test profile)
                crop: bool = True,    # cut to the head?
                n_jobs: int = None,   # processes; all cores by default
               ) -> pd.DataFrame:     # the index, a row an image
-    "All raw images as stacks in `npy/`, with `npy/index.parquet` and the header table in `tables/headers.parquet`."
+    "All raw images as stacks in `npy/`, with `npy/index.parquet`."
     size = size or (96 if run.profile == "test" else 256)
-    files = pd.concat([run.task.list_images(run.raw, s).assign(split=s) for s in run.task.splits], ignore_index=True)
-    facts = dict(size=size, crop=crop, files=fingerprint(files[["image", "split"]]), n_files=len(files))
+    _, headers = prepare_tables(run, n_jobs)
+    facts = dict(size=size, crop=crop, files=fingerprint(headers[["image", "split", "study", "series", "z"]]), n_files=len(headers))
     folder = run.data/"npy"; index_file = folder/"index.parquet"
     with stage(run, "npy", facts) as s:
         if s["done"] and index_file.is_file(): return pd.read_parquet(index_file)
         s["done"] = False
         folder = _fresh(folder, fingerprint(facts))
-        headers = dicom.header_table(files.path, n_jobs=n_jobs); headers["image"] = files.image; headers["split"] = files.split
-        save_parquet(headers.assign(path=headers.path.map(lambda p: os.path.relpath(p, run.raw))), run.data/"tables"/"headers.parquet")
-        index = convert(headers, folder, run.task.read_image, size, crop, n_jobs)
-        index["path"] = index.path.map(lambda p: os.path.relpath(p, run.raw))
+        index = convert(headers.assign(path=[str(run.raw/p) for p in headers.path]), folder, run.task.read_image, size, crop, n_jobs)
+        index["path"] = [Path(p).relative_to(run.raw).as_posix() for p in index.path]
         save_parquet(index, index_file)
         for f in folder.glob("*.parquet"):
             if f != index_file: f.unlink()
@@ -197,7 +196,7 @@ def summary(index: pd.DataFrame) -> dict: # counts that nothing may escape
     return dict(images=len(index), studies=int(index.study.nunique()), stacked=int((index.position >= 0).sum()), not_read=int((index.position < 0).sum()),
                 repaired=int(index.repaired.notna().sum()), **{f: int(n) for f, n in notes[notes != ""].value_counts().items()})
 
-# %% ../nbs/02_create_npy.ipynb #1bb83438
+# %% ../nbs/02_create_npy.ipynb #6d7ecedd
 def load_index(run: Run) -> pd.DataFrame: # a row an image
     "The index of the stacks. Makes them if they are not there."
     return create_npy(run)

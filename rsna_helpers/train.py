@@ -6,7 +6,7 @@
 __all__ = ['training_table', 'StackImages', 'WeightedBCE', 'MakeInputs', 'KeepBest', 'CPUBfloat16', 'precision_callbacks',
            'make_dls', 'make_learner', 'find_lr', 'predict_table', 'fit_fold', 'compare', 'fit', 'make_report']
 
-# %% ../nbs/04_train.ipynb #5f715554
+# %% ../nbs/04_train.ipynb #133d75c7
 import math
 import time
 from pathlib import Path
@@ -27,21 +27,22 @@ from torch import nn
 
 from .baselines import baselines
 from .core import Run, fingerprint, load_json, save_json, save_parquet, seed_everything, stage, versions
+from .eda import prepare_tables
 from .metrics import class_report, matched_auc, position_strata, rank_auc, score_interval
 from .models import RECIPES, Inputs, Recipe, build_model, load_model, save_model
 from .npy import load_index, load_stack
 from .validation import check_no_leak, create_folds
 
-# %% ../nbs/04_train.ipynb #c55bf216
+# %% ../nbs/04_train.ipynb #b5698da4
 def training_table(run: Run) -> pd.DataFrame: # index image; study, position, patient, fold, and a column a label
     "Images with labels that have a place in a stack, with their folds. Raises `LeakageError` if a patient is in two folds."
     index = load_index(run).query("split == 'train' and position >= 0").set_index("image")
-    labels = run.task.read_labels(run.raw); folds = create_folds(run)
+    labels, _ = prepare_tables(run); folds = create_folds(run)
     df = index.join(labels, how="inner").join(folds[["fold"]], how="inner")
     check_no_leak(df.patient, df.fold)
     return df
 
-# %% ../nbs/04_train.ipynb #56274821
+# %% ../nbs/04_train.ipynb #a2563758
 class StackImages:
     "Images of memory-mapped stacks with their labels: `(int16 HU (1, h, w), float labels)`."
     def __init__(self, run: Run,        # from `core.start`
@@ -64,7 +65,7 @@ class StackImages:
         hu = torch.from_numpy(np.array(self.stack(study)[position])[None])
         return (hu,) if self.y is None else (hu, self.y[i])
 
-# %% ../nbs/04_train.ipynb #6ed0b72e
+# %% ../nbs/04_train.ipynb #39475c9f
 class WeightedBCE(nn.Module):
     "Binary cross-entropy of logits, labels weighted as in the competition's score."
     def __init__(self, weights): # one a label
@@ -73,7 +74,7 @@ class WeightedBCE(nn.Module):
     def activation(self, logits): return logits.float().sigmoid()
     def decodes(self, logits): return (logits > 0).float()
 
-# %% ../nbs/04_train.ipynb #30be0681
+# %% ../nbs/04_train.ipynb #9b70bb4e
 class MakeInputs(Callback):
     "Turn a batch of HU into the network's channels on the device, augmented while training."
     order = -20
@@ -110,7 +111,7 @@ def precision_callbacks(device: str) -> list: # fp16 on a GPU, bfloat16 on a CPU
     fast = device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return [CPUBfloat16()] if fast else []
 
-# %% ../nbs/04_train.ipynb #47c7a45e
+# %% ../nbs/04_train.ipynb #588f9403
 def make_dls(run: Run, train: pd.DataFrame, valid: pd.DataFrame, recipe: Recipe) -> DataLoaders:
     "Loaders over memory-mapped stacks: shuffled for training, in the order of the table for validation."
     workers = 0 if run.device == "cpu" else 4
@@ -127,7 +128,7 @@ def make_learner(run: Run, train: pd.DataFrame, valid: pd.DataFrame, recipe: Rec
     return Learner(make_dls(run, train, valid, recipe), model, loss_func=WeightedBCE(run.task.class_weights), opt_func=Adam, wd=recipe.weight_decay, path=path or run.models,
                    cbs=[MakeInputs(recipe), *precision_callbacks(run.device)])
 
-# %% ../nbs/04_train.ipynb #0d0f6ca4
+# %% ../nbs/04_train.ipynb #7352dbef
 def find_lr(learn: Learner) -> float: # the valley of fastai's finder
     "A peak learning rate from a hundred mock batches; the weights are put back."
     return float(learn.lr_find(num_it=min(100, 3*len(learn.dls.train)), show_plot=False).valley)
@@ -153,7 +154,7 @@ def fit_fold(run: Run, df: pd.DataFrame, fold: int, recipe: Recipe, folder) -> t
     oof = predict_table(run, df[df.fold == fold], [learn.model], recipe)
     return oof, dict(fold=fold, lr=lr, best_epoch=keep.at, best_valid_loss=keep.best, seconds=round(time.perf_counter() - began, 1))
 
-# %% ../nbs/04_train.ipynb #c9fce0ab
+# %% ../nbs/04_train.ipynb #d0d9d998
 def compare(run: Run,             # from `core.start`
             truth: pd.DataFrame,  # index image; the labels, patient and brain_cm2
             predictions: dict,    # name -> DataFrame of probabilities
@@ -167,7 +168,7 @@ def compare(run: Run,             # from `core.start`
         rows.append(dict(model=name, log_loss=score, low=low, high=high, **{f"AUC {main}": rank_auc(y[main], p[main]) if both else np.nan, f"matched AUC {main}": matched_auc(y[main], p[main], strata)[0] if both else np.nan}))
     return pd.DataFrame(rows).set_index("model")
 
-# %% ../nbs/04_train.ipynb #8fe42ff1
+# %% ../nbs/04_train.ipynb #52db01ba
 def fit(run: Run,               # from `core.start`
         recipe: Recipe = None,  # default: the recipe of the profile
        ) -> dict:               # the report; `folder` is where the models lie
@@ -187,7 +188,7 @@ def fit(run: Run,               # from `core.start`
 
 def make_report(run: Run, df: pd.DataFrame, oof: pd.DataFrame, recipe: Recipe, notes: list, facts: dict) -> dict:
     "Scores of out-of-fold predictions beside the baselines on the same folds, with what they follow from."
-    headers = pd.read_parquet(run.data/"tables"/"headers.parquet"); base = {}
+    _, headers = prepare_tables(run); base = {}
     for f in recipe.folds:
         for k, p in baselines(run, df[df.fold != f], df[df.fold == f], headers).items(): base.setdefault(k, []).append(p)
     truth = df.loc[oof.index]; labels = list(run.task.labels)

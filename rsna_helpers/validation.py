@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['LeakageError', 'check_no_leak', 'audit_folds', 'largest_deviation', 'plot_folds', 'make_folds', 'create_folds']
 
-# %% ../nbs/03_create_validation.ipynb #af415b81
+# %% ../nbs/03_create_validation.ipynb #cf98921d
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from .core import Run, fingerprint, save_parquet, stage
+from .eda import prepare_tables
 from .npy import load_index
 
-# %% ../nbs/03_create_validation.ipynb #2580a936
+# %% ../nbs/03_create_validation.ipynb #4654fad1
 class LeakageError(ValueError):
     "A group (patient) stands in more than one fold."
 
-# %% ../nbs/03_create_validation.ipynb #52d682aa
+# %% ../nbs/03_create_validation.ipynb #1b25706a
 def _shown(value, # a cell of a table
           ) -> str:
     "`repr`, without the wrapper that numpy puts around its numbers."
     return repr(value.item() if isinstance(value, np.generic) else value)
 
-# %% ../nbs/03_create_validation.ipynb #d6e2f368
+# %% ../nbs/03_create_validation.ipynb #fe6d506d
 def _column(df: pd.DataFrame, # table
             name: str,        # column wanted
            ) -> pd.Series:
@@ -33,7 +34,7 @@ def _column(df: pd.DataFrame, # table
     found = "more than once in" if name in df.columns else "not in"
     raise ValueError(f"column {name!r} is {found} the table, which has {list(df.columns)}")
 
-# %% ../nbs/03_create_validation.ipynb #f2722a3e
+# %% ../nbs/03_create_validation.ipynb #546b6e7b
 def _group_codes(groups: pd.Series,  # group of each row
                 ) -> tuple[np.ndarray, np.ndarray]: # number of each row's group in sorted order; the groups
     "Groups as numbers. `ValueError` for a missing group."
@@ -45,7 +46,7 @@ def _group_codes(groups: pd.Series,  # group of each row
                          f"{_shown(groups.index[missing[0]])}: wanted a group for every row")
     return pd.factorize(values, sort=True)
 
-# %% ../nbs/03_create_validation.ipynb #d1e3d1b9
+# %% ../nbs/03_create_validation.ipynb #36e43d1a
 def _checked(df: pd.DataFrame,      # one row an image
              labels: Sequence[str], # its 0/1 columns
              group: str,            # its column of groups
@@ -60,7 +61,7 @@ def _checked(df: pd.DataFrame,      # one row an image
     code, keys = _group_codes(_column(df, group))
     return labels, code, keys, df[labels].to_numpy(dtype=np.int8)
 
-# %% ../nbs/03_create_validation.ipynb #5ad9e74d
+# %% ../nbs/03_create_validation.ipynb #f94c02ec
 def _aligned(fold,             # fold of each row: Series (matched by index) or array (by position)
              index: pd.Index,  # rows wanted
             ) -> np.ndarray:   # (rows,)
@@ -77,7 +78,7 @@ def _aligned(fold,             # fold of each row: Series (matched by index) or 
         raise ValueError(f"fold is missing in {len(missing)} of {len(index)} rows, the first at index {_shown(index[missing[0]])}")
     return values
 
-# %% ../nbs/03_create_validation.ipynb #a4a0b937
+# %% ../nbs/03_create_validation.ipynb #fc3033fb
 def check_no_leak(groups, # group (patient) of each row: Series or array
                   fold,   # fold of each row: Series (matched by index if `groups` is one too) or array
                  ) -> None:
@@ -94,7 +95,7 @@ def check_no_leak(groups, # group (patient) of each row: Series or array
     more = "; ..." if len(split) > 5 else ""
     raise LeakageError(f"{len(split)} of {len(keys)} groups ({groups.name!r}) are in more than one fold: {'; '.join(named)}{more}")
 
-# %% ../nbs/03_create_validation.ipynb #f32a0f27
+# %% ../nbs/03_create_validation.ipynb #458ab484
 def audit_folds(df: pd.DataFrame,      # one row an image
                 labels: Sequence[str], # its 0/1 columns
                 group: str,            # its column of groups (patients)
@@ -117,14 +118,14 @@ def audit_folds(df: pd.DataFrame,      # one row an image
         audit[f"{label}_deviation"] = count / rows / overall - 1 if overall else np.zeros(len(rows))
     return pd.DataFrame(audit, index=pd.Index(folds, name="fold"))
 
-# %% ../nbs/03_create_validation.ipynb #6fa752ed
+# %% ../nbs/03_create_validation.ipynb #1f45214d
 def largest_deviation(audit: pd.DataFrame, # from `audit_folds`
                      ) -> pd.Series:       # for `rows` and each label: largest relative deviation of any fold
     "The worst fold's deviation, without its sign."
     worst = audit.filter(regex="_deviation$").abs().max()
     return worst.rename(lambda name: name.removesuffix("_deviation")).rename("largest deviation")
 
-# %% ../nbs/03_create_validation.ipynb #96133633
+# %% ../nbs/03_create_validation.ipynb #3d397e00
 def plot_folds(audit: pd.DataFrame, # from `audit_folds`
                limit: float = .05,  # deviation at which the colour is full
               ):                    # matplotlib Axes
@@ -141,7 +142,7 @@ def plot_folds(audit: pd.DataFrame, # from `audit_folds`
     ax.set(xlabel="fold", title=f"Largest deviation from the whole table: {deviation.abs().max().max():.1%}")
     return ax
 
-# %% ../nbs/03_create_validation.ipynb #80c03fc7
+# %% ../nbs/03_create_validation.ipynb #ee6098bf
 def _shares(code: np.ndarray,     # (rows,): group of each row
             y: np.ndarray,        # (rows, labels): 0/1
             n_folds: int,         # number of folds
@@ -156,7 +157,7 @@ def _shares(code: np.ndarray,     # (rows,): group of each row
     unit = 2 ** 25 / (n_folds * np.sqrt(brings.shape[1]))
     return np.rint(unit * brings / target.clip(1 / n_folds))
 
-# %% ../nbs/03_create_validation.ipynb #f4efd4ad
+# %% ../nbs/03_create_validation.ipynb #6b417b5e
 def _deal(shares: np.ndarray,      # (groups, d), from `_shares`
           n_folds: int,            # number of folds
           order: np.ndarray,       # order in which groups are dealt
@@ -168,7 +169,7 @@ def _deal(shares: np.ndarray,      # (groups, d), from `_shares`
         total[k] += shares[g]
     return fold
 
-# %% ../nbs/03_create_validation.ipynb #35522bee
+# %% ../nbs/03_create_validation.ipynb #3971186a
 def _best_swap(z: np.ndarray,     # (groups + 1, d): shares, and a last row of zeros, nobody
                i: np.ndarray,     # groups of one fold
                j: np.ndarray,     # groups of the other
@@ -179,7 +180,7 @@ def _best_swap(z: np.ndarray,     # (groups + 1, d): shares, and a last row of z
     a, b = np.unravel_index(change.argmin(), change.shape)
     return change[a, b], i[a], j[b]
 
-# %% ../nbs/03_create_validation.ipynb #d30f789d
+# %% ../nbs/03_create_validation.ipynb #54d037c9
 def _trade(shares: np.ndarray,      # (groups, d), from `_shares`
            fold: np.ndarray,        # (groups,): fold of each group, from `_deal`
            n_folds: int,            # number of folds
@@ -204,7 +205,7 @@ def _trade(shares: np.ndarray,      # (groups, d), from `_shares`
             fold[i], fold[j], fold[nobody] = b, a, -1
     return fold[:-1]
 
-# %% ../nbs/03_create_validation.ipynb #c843f548
+# %% ../nbs/03_create_validation.ipynb #e6a50a26
 def make_folds(df: pd.DataFrame,      # one row an image
                labels: Sequence[str], # its 0/1 columns
                group: str,            # its column of groups (patients): no group is split
@@ -228,12 +229,12 @@ def make_folds(df: pd.DataFrame,      # one row an image
         if uneven < best[0]: best = uneven, fold
     return pd.Series(best[1][code], index=df.index, name="fold")
 
-# %% ../nbs/03_create_validation.ipynb #771e05b6
+# %% ../nbs/03_create_validation.ipynb #70397f24
 def create_folds(run: Run,          # from `core.start`
                  n_folds: int = 5,  # how many
                 ) -> pd.DataFrame:  # index image; patient, study, fold
     "Patient-grouped folds of the labelled images in `folds.parquet`, with the audit in `folds.json`. Raises `LeakageError` if what is on disk leaks."
-    index, labels = load_index(run), run.task.read_labels(run.raw)
+    index, (labels, _) = load_index(run), prepare_tables(run)
     df = index[(index.split == "train") & index.patient.notna()].set_index("image")[["patient", "study"]].join(labels, how="inner")
     facts = dict(n_folds=n_folds, seed=run.seed, rows=fingerprint(df)); file = run.data/"folds.parquet"
     with stage(run, "folds", facts) as s:
