@@ -9,7 +9,7 @@ __all__ = ['INK', 'ACCENT', 'GREY', 'prepare_tables', 'labelled', 'split_table',
            'slice_gaps', 'plot_geometry', 'oddities', 'read_study', 'thumbnail', 'montage', 'plot_stack', 'dense_share',
            'choose_images', 'plot_windows', 'healthy_image', 'plot_gallery', 'save_gif', 'animate']
 
-# %% ../nbs/01_eda.ipynb #7a023ed0
+# %% ../nbs/01_eda.ipynb #8ec0df4d
 import base64
 import io
 import shutil
@@ -26,7 +26,7 @@ from . import dicom
 from .core import Run, fingerprint, save_parquet, stage, writing
 from .dicom import DicomError
 
-# %% ../nbs/01_eda.ipynb #6cc1b609
+# %% ../nbs/01_eda.ipynb #8920e200
 def _files(run: Run) -> pd.DataFrame: # all images of all splits; path relative to `run.raw`, with forward slashes
     files = pd.concat([run.task.list_images(run.raw, s).assign(split=s) for s in run.task.splits], ignore_index=True)
     root = str(run.raw)
@@ -47,7 +47,7 @@ def _read_headers(run, files, folder, n_jobs, progress, step=20_000): # the head
     for c in files: headers[c] = files[c].to_numpy()      # what the task knows (image, split, perhaps patient and study) goes before what the header says
     return headers
 
-# %% ../nbs/01_eda.ipynb #d510e093
+# %% ../nbs/01_eda.ipynb #7b8c7de4
 def prepare_tables(run: Run,             # from `core.start`
                    n_jobs: int = None,   # processes; all cores by default
                    progress: bool = True,# show a bar?
@@ -70,11 +70,12 @@ def prepare_tables(run: Run,             # from `core.start`
     labels.attrs["repeated"] = s["result"]["repeated"]
     return labels, headers
 
-# %% ../nbs/01_eda.ipynb #bbda8780
-def labelled(headers: pd.DataFrame,  # from `prepare_tables`
+# %% ../nbs/01_eda.ipynb #baec264e
+def labelled(headers: pd.DataFrame,  # from `prepare_tables`; what this function gave is handed back
              labels: pd.DataFrame,   # from `prepare_tables`
             ) -> pd.DataFrame:       # labelled images, ordered by study, series and z, with `height` (0 lowest .. 1 highest slice) and the labels
     "Headers and labels, one row a labelled image. Labels of a study are repeated for each of its images."
+    if "height" in headers: return headers
     key = "image" if labels.index.name is None else labels.index.name
     cols = list(dict.fromkeys(["image", key, "patient", "study", "series", "split", "path", "z", "instance", "tilt", "error"]))
     t = headers.loc[headers[key].isin(labels.index), cols].merge(labels, left_on=key, right_index=True)
@@ -82,16 +83,19 @@ def labelled(headers: pd.DataFrame,  # from `prepare_tables`
     g = t.groupby(["study", "series"], dropna=False).image
     return t.assign(height=g.cumcount()/(g.transform("size") - 1).clip(lower=1)).drop(columns="instance")
 
+def _what(labels, many=True) -> str: # what a row of the labels is: image(s) or study (studies)
+    return {"study": "studies"}.get(w := labels.index.name or "image", w + "s") if many else labels.index.name or "image"
+
 def split_table(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # a row a split
     "How much there is of everything, and whether anything stands in several splits."
     g = headers.groupby("split", sort=False)
     shared = lambda c: [int(headers.groupby(c).split.nunique().gt(1).loc[d[c].dropna().unique()].sum()) for _, d in g]
     key = labels.index.name or "image"
     return pd.DataFrame({"images": g.size(), "series": g.series.nunique(), "studies": g.study.nunique(), "patients": g.patient.nunique(),
-        f"labelled {key}s": g[key].apply(lambda s: int(pd.Index(s.unique()).isin(labels.index).sum())), "not readable": g.error.count(), "GB": (g.file_bytes.sum()/1e9).round(2),
+        f"labelled {_what(labels)}": g[key].apply(lambda s: int(pd.Index(s.unique()).isin(labels.index).sum())), "not readable": g.error.count(), "GB": (g.file_bytes.sum()/1e9).round(2),
         "patients also elsewhere": pd.Series(shared("patient"), g.size().index), "studies also elsewhere": pd.Series(shared("study"), g.size().index)})
 
-# %% ../nbs/01_eda.ipynb #ce217605
+# %% ../nbs/01_eda.ipynb #9d639793
 INK, ACCENT, GREY = "#26323c", "#b5352a", "#8fa1ad"      # text, what matters, the rest
 
 def _axes(title, xlabel="", ylabel="", size=(6, 3), ax=None): # axes with a title at the left and no frame
@@ -109,7 +113,7 @@ def subtypes(labels: pd.DataFrame) -> list: # names of columns
     "All labels but the overall one."
     return [c for c in labels if c != overall_label(labels)]
 
-# %% ../nbs/01_eda.ipynb #be45a6c1
+# %% ../nbs/01_eda.ipynb #ddb89ef8
 def label_counts(labels: pd.DataFrame) -> pd.DataFrame: # a row a label: positive, share, alone (without another subtype)
     "How often each label is true, and how often it is the only one."
     subs = subtypes(labels); one = labels[subs].sum(axis=1) == 1
@@ -117,8 +121,8 @@ def label_counts(labels: pd.DataFrame) -> pd.DataFrame: # a row a label: positiv
 
 def plot_label_counts(labels: pd.DataFrame, ax=None): # axes
     "Positives of each label."
-    t = label_counts(labels).sort_values("positive"); what = labels.index.name or "row"
-    ax = _axes(f"{len(labels):,} labelled {what}s: how many show what", f"{what}s with the label", size=(6, .4*len(t) + .9), ax=ax)
+    t = label_counts(labels).sort_values("positive")
+    ax = _axes(f"{len(labels):,} labelled {_what(labels)}: how many show what", f"{_what(labels)} with the label", size=(6, .4*len(t) + .9), ax=ax)
     bars = ax.barh(t.index, t.positive, color=[INK if c == overall_label(labels) else ACCENT for c in t.index], height=.65)
     ax.bar_label(bars, [f" {n:,}  ({s:.1%})" for n, s in zip(t.positive, t.share)], fontsize=8, color=INK); ax.margins(x=.25)
     return ax
@@ -129,12 +133,12 @@ def _log_bars(ax, n, colours): # counts from one to a million, with their number
 
 def plot_labels_each(labels: pd.DataFrame, ax=None): # axes
     "How many subtypes an image (or study) has at once."
-    n = labels[subtypes(labels)].sum(axis=1).value_counts().sort_index(); what = labels.index.name or "row"
-    ax = _axes(f"How many subtypes one {what} shows at once", f"subtypes in one {what}", f"{what}s (logarithmic)", (6, 2.8), ax)
+    n = labels[subtypes(labels)].sum(axis=1).value_counts().sort_index(); one = _what(labels, many=False)
+    ax = _axes(f"How many subtypes one {one} shows at once", f"subtypes in one {one}", f"{_what(labels)} (logarithmic)", (6, 2.8), ax)
     _log_bars(ax, n, [GREY if i == 0 else ACCENT for i in n.index])
     return ax
 
-# %% ../nbs/01_eda.ipynb #62a51dc5
+# %% ../nbs/01_eda.ipynb #89c7c12c
 def cooccurrence(labels: pd.DataFrame) -> pd.DataFrame: # labels x labels; the diagonal counts the label itself
     "How many rows have both labels."
     x = labels.to_numpy(np.int64); return pd.DataFrame(x.T @ x, labels.columns, labels.columns)
@@ -156,7 +160,7 @@ def plot_cooccurrence(labels: pd.DataFrame): # figure
     _axes("correlation of the subtypes", ax=b); _heat(b, corr, ".2f", -most, most, "RdBu_r")
     return fig
 
-# %% ../nbs/01_eda.ipynb #18bf1e5e
+# %% ../nbs/01_eda.ipynb #d49a0b19
 def prevalence(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # a row a label, a column a level: share with the label, and `n`
     "Share of images, studies and patients with each label; the first row, `n`, counts them."
     t = labelled(headers, labels); out = {}
@@ -173,7 +177,7 @@ def plot_prevalence(headers: pd.DataFrame, labels: pd.DataFrame, ax=None): # axe
     ax.set_yticks(range(len(t)), t.index); ax.xaxis.set_major_formatter("{x:.0%}"); ax.legend(fontsize=8, frameon=False, loc="lower right")
     return ax
 
-# %% ../nbs/01_eda.ipynb #8ce37e6a
+# %% ../nbs/01_eda.ipynb #e312b13b
 def _hist(ax, values, bins, title, xlabel, ylabel): # a histogram; says so where there is nothing to count
     v = pd.to_numeric(pd.Series(np.asarray(values)), errors="coerce").dropna()
     _axes(title, xlabel, ylabel, ax=ax)
@@ -189,14 +193,14 @@ def plot_sizes(headers: pd.DataFrame): # figure
     _axes("Some patients come more than once", "studies of the patient", "patients (logarithmic)", ax=b); _log_bars(b, m, [ACCENT]*len(m))
     return fig
 
-# %% ../nbs/01_eda.ipynb #4c3ce1de
+# %% ../nbs/01_eda.ipynb #c8351973
 def plot_heights(headers: pd.DataFrame, labels: pd.DataFrame, bins: int = 12, ax=None): # axes
     "Share of images with each label by height in the series."
-    t = labelled(headers, labels); t = t[t.error.isna()]; subs = [c for c in subtypes(labels) if t[c].any()]
+    t = labelled(headers, labels); t = t[t.error.isna()]; subs = subtypes(labels)
     at = (t.height*bins).astype(int).clip(upper=bins - 1)
     m = t.groupby(at)[subs].mean().reindex(range(bins)); x = (m.index + .5)/bins
     ax = _axes("Where in the stack each label is found", "height in the study (0 = lowest slice, 1 = highest)", "share of slices with the label", (6.5, 3), ax)
-    for c, colour in zip(subs, plt.cm.Dark2.colors): ax.plot(x, m[c], color=colour, lw=1.8, label=c)
+    for k, c in enumerate(subs): ax.plot(x, m[c], color=plt.cm.Dark2(k % 8), lw=1.8, label=c if t[c].any() else f"{c} (none)")
     ax.yaxis.set_major_formatter("{x:.0%}"); ax.set_xlim(0, 1); ax.set_ylim(0); ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
@@ -206,7 +210,7 @@ def persistence(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # 
     share = lambda c, v: t[c][below[c] == v].mean()
     return pd.DataFrame({"all slices": t[cols].mean(), "slice below positive": [share(c, 1) for c in cols], "slice below negative": [share(c, 0) for c in cols]}, index=cols)
 
-# %% ../nbs/01_eda.ipynb #c1ba365c
+# %% ../nbs/01_eda.ipynb #8263e047
 def tag_counts(headers: pd.DataFrame, # from `prepare_tables`
                tags,                  # columns to count together
                top: int = 12,         # rows of the result; the rest goes into one
@@ -229,7 +233,7 @@ def tag_presence(headers: pd.DataFrame) -> pd.DataFrame: # a row a tag that some
     out = pd.DataFrame({"files with it": t.count(), "share": t.notna().mean().round(4), "values": t.nunique()})
     return out[out["files with it"] < len(t)].sort_values("files with it")
 
-# %% ../nbs/01_eda.ipynb #5b6486b2
+# %% ../nbs/01_eda.ipynb #23f83fc3
 def slice_gaps(headers: pd.DataFrame) -> pd.Series: # mm, a value a pair of neighbours
     "Distance to the next slice of the series, along the slice normal."
     t = headers.dropna(subset="z").sort_values(["study", "series", "z"])
@@ -244,8 +248,8 @@ def plot_geometry(headers: pd.DataFrame): # figure
     _hist(ax[2], tilt, 25, "Tilt of the gantry", "tilt from the nearest axis (degrees)", "studies")
     return fig
 
-# %% ../nbs/01_eda.ipynb #990eaee2
-def _odd_files(h): # (what, names, out of what, what becomes of it) for single files
+# %% ../nbs/01_eda.ipynb #0f503025
+def _odd_files(h): # (what, names, what becomes of it) for single files
     pick = lambda m: h.image[m.fillna(False).astype(bool)]
     d, u12 = h.format.eq("dicom"), h.bits_stored.eq(12) & h.signed.eq(0)
     size = h.groupby(["rows", "columns"]).size(); usual = size.idxmax() if len(size) else (0, 0)
@@ -277,16 +281,16 @@ def _odd_studies(h): # the same for studies and patients
     yield "studies with slices of several sizes", many("study", "size"), "resized"
     yield "studies of several patients", many("study", "patient"), "look at them: folds group by patient"
     yield "studies in several splits", many("study", "split"), "look at them: a leak"
-    yield "patients in several splits", many("patient", "split"), "never used to score; folds group by patient"
+    yield "patients in several splits", many("patient", "split"), "kept; folds group by patient"
 
 def _odd_labels(h, labels): # the same for the label file
     key = labels.index.name or "image"; with_label = h[key].isin(labels.index); splits = h.split[with_label].unique()
     yield "label rows repeated", int(labels.attrs.get("repeated", 0)), "one is kept; contradictions are an error"
-    yield f"{key}s without labels", h.loc[h.split.isin(splits) & ~with_label, key].drop_duplicates(), "not used for training"
-    yield f"labels without {key}s", labels.index[~labels.index.isin(h[key])].to_series(), "not used"
+    yield f"{_what(labels)} without labels", h.loc[h.split.isin(splits) & ~with_label, key].dropna().drop_duplicates(), "not used for training"
+    yield f"labels without {_what(labels)}", labels.index[~labels.index.isin(h[key])].to_series(), "not used"
     yield "labels that are never true", pd.Series([c for c in labels if not labels[c].any()]), "cannot be learned or scored"
 
-# %% ../nbs/01_eda.ipynb #f9a5a916
+# %% ../nbs/01_eda.ipynb #6a174b34
 def oddities(headers: pd.DataFrame, # from `prepare_tables`
              labels: pd.DataFrame,  # from `prepare_tables`
             ) -> pd.DataFrame:      # a row a thing that was looked for: oddity, count, example, what_then; 0 where there is none
@@ -295,7 +299,7 @@ def oddities(headers: pd.DataFrame, # from `prepare_tables`
     found = [*_odd_files(h), *_odd_studies(h), *_odd_labels(h, labels)]
     return pd.DataFrame([dict(oddity=what, count=n if isinstance(n, int) else len(n), example="" if isinstance(n, int) or not len(n) else str(n.iloc[0]), what_then=then) for what, n, then in found])
 
-# %% ../nbs/01_eda.ipynb #4ba3ca88
+# %% ../nbs/01_eda.ipynb #9e9d5c84
 def read_study(run: Run,               # from `core.start`
                headers: pd.DataFrame,  # from `prepare_tables`
                study: str,             # StudyInstanceUID
@@ -332,7 +336,7 @@ def thumbnail(hu: np.ndarray,   # (rows, columns) HU, or None for a file that ca
     y, x = (px - im.shape[0])//2, (px - im.shape[1])//2; out[y:y + im.shape[0], x:x + im.shape[1]] = np.rint(im*255)
     return out
 
-# %% ../nbs/01_eda.ipynb #528ffcee
+# %% ../nbs/01_eda.ipynb #592053a9
 def _study_box(stack): # one box for all slices, so that the head does not jump
     boxes = np.array([_box(hu) for hu in stack if hu is not None])
     same = len({hu.shape for hu in stack if hu is not None}) == 1
@@ -365,7 +369,7 @@ def plot_stack(run: Run, headers: pd.DataFrame, labels: pd.DataFrame, study: str
     title = f"study {study}, {len(stack)} slices from the lowest up, {window} window; framed: {', '.join(names) or 'none'}"
     return montage(stack, window, every, cols, mark=y.max(axis=1).eq(1).to_numpy(), title=title)
 
-# %% ../nbs/01_eda.ipynb #0b5384e3
+# %% ../nbs/01_eda.ipynb #a05b9f9f
 def dense_share(hu: np.ndarray, # (rows, columns) HU
                ) -> float:      # 0..1
     "Share of the picture that lies inside the skull and is as dense as fresh blood. 0 where the skull is not closed."
@@ -393,7 +397,7 @@ def _seen(run, path) -> float: # `dense_share` of a file; below 0 if it cannot b
     try: return dense_share(run.task.read_image(run.raw/path)[0])
     except DicomError: return -1.
 
-# %% ../nbs/01_eda.ipynb #0bb11c87
+# %% ../nbs/01_eda.ipynb #cad336e5
 def plot_windows(hu: np.ndarray,   # (rows, columns) HU
                  windows=("brain", "subdural", "soft", "bone"), # names in `dicom.WINDOWS`
                  title: str = "",
@@ -407,14 +411,14 @@ def plot_windows(hu: np.ndarray,   # (rows, columns) HU
     _axes("", "HU", "pixels (logarithmic)", ax=ax); ax.hist(hu.ravel(), bins=np.arange(-1050, 2050, 20), color=GREY); ax.set_yscale("log"); ax.set_xlim(-1050, 2050)
     return fig
 
-# %% ../nbs/01_eda.ipynb #485f4e20
+# %% ../nbs/01_eda.ipynb #197e2b59
 def healthy_image(headers: pd.DataFrame, labels: pd.DataFrame, height: float, skip: int = 0) -> pd.Series: # row of `labelled`, or None
     "An image of a study without any label, at a height (0 lowest, 1 highest slice); `skip` gives other studies."
     t = labelled(headers, labels); t = t[t.error.isna() & ~t.study.isin(t.study[t[list(labels)].any(axis=1)])]
     t = t.assign(off=(t.height - height).abs()).sort_values("off", kind="stable").drop_duplicates("study").sort_values("study")
     return t.iloc[skip % len(t)] if len(t) else None
 
-# %% ../nbs/01_eda.ipynb #26df55b8
+# %% ../nbs/01_eda.ipynb #05fee0b5
 def plot_gallery(run: Run,               # from `core.start`
                  headers: pd.DataFrame,  # from `prepare_tables`
                  labels: pd.DataFrame,   # from `prepare_tables`
@@ -423,12 +427,12 @@ def plot_gallery(run: Run,               # from `core.start`
                  px: int = 132,          # side of a picture
                 ):                       # figure
     "A row a label: images that show it, in a window that suits it, and a healthy one at the same height."
-    subs, picks = subtypes(labels), choose_images(run, headers, labels, n); windows = windows or {}
+    table, subs, windows = labelled(headers, labels), subtypes(labels), windows or {}; picks = choose_images(run, table, labels, n)
     fig, axes = plt.subplots(len(subs), n + 1, figsize=((n + 1)*px/72 + .6, len(subs)*(px + 14)/72), dpi=72, squeeze=False, layout="constrained")
     fig.get_layout_engine().set(w_pad=.01, h_pad=.01, hspace=0, wspace=.01)
     for k, (c, row) in enumerate(zip(subs, axes)):
         w = windows.get(c, run.task.windows[0]); some = picks[picks.label == c]
-        normal = healthy_image(headers, labels, some.height.iloc[0], k) if len(some) else None
+        normal = healthy_image(table, labels, some.height.iloc[0], k) if len(some) else None
         for ax, r in zip(row, [*some.itertuples(), *[None]*(n - len(some)), normal]):
             _tile(ax, run, r, w, px, "healthy" if r is normal else "" if getattr(r, "alone", True) else "with others")
         row[0].text(-.03, .5, f"{c}\n{w} window", rotation=90, ha="right", va="center", multialignment="center", transform=row[0].transAxes, fontsize=8, color=INK)
@@ -441,7 +445,7 @@ def _tile(ax, run, r, window, px, note): # one picture of the gallery
     hu = run.task.read_image(run.raw/r.path)[0]
     ax.imshow(thumbnail(hu, window, px, _box(hu)), cmap="gray", vmin=0, vmax=255); ax.set_title(f"{r.image}  {note}", fontsize=7, color=INK, pad=2)
 
-# %% ../nbs/01_eda.ipynb #3963a20e
+# %% ../nbs/01_eda.ipynb #c04109f4
 def _gif(stack, window, px, captions, mark, ms, levels): # bytes of an animated GIF
     box, frames = _study_box(stack), []; grey = np.round(np.linspace(0, 255, levels)).astype(int)
     palette = [*np.repeat(grey, 3), 255, 107, 87] + [0]*(768 - 3*levels - 3)
