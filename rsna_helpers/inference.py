@@ -6,7 +6,7 @@
 __all__ = ['log', 'find_images', 'predict', 'stack_images', 'fill_in', 'submission_path', 'score_held_out', 'submit',
            'print_summary']
 
-# %% ../nbs/05_inference_submission.ipynb #d04a823e
+# %% ../nbs/05_inference_submission.ipynb #4194f29a
 import logging
 import tempfile
 from dataclasses import replace
@@ -17,14 +17,14 @@ import pandas as pd
 
 from . import dicom
 from .baselines import baselines
-from .core import Run, load_json, save_json, save_parquet, versions
+from .core import Run, load_json, save_json, save_parquet, short_path, versions
 from .eda import prepare_tables
 from .metrics import class_report
 from .models import load_model
 from .npy import convert, load_index
 from .train import compare, fit, predict_table, training_table
 
-# %% ../nbs/05_inference_submission.ipynb #bbb0a3bc
+# %% ../nbs/05_inference_submission.ipynb #fcd1ca11
 log = logging.getLogger("rsna_helpers")
 
 def find_images(where,      # a folder (searched with its subfolders), a file, or a list of files
@@ -43,7 +43,7 @@ def _names(paths: list) -> list: # a distinct name for each file: its stem, else
     stems = [Path(p).name.removesuffix(".dcm") for p in paths]
     return stems if len(set(stems)) == len(stems) else [str(p) for p in paths]
 
-# %% ../nbs/05_inference_submission.ipynb #de4ee1dc
+# %% ../nbs/05_inference_submission.ipynb #99bc7e0a
 def predict(run: Run,             # from `core.start`
             images=None,          # folder, file or list of files; default: the competition's test images
             folder=None,          # model folder; default: the one of the run's profile, trained if it is not there
@@ -58,7 +58,7 @@ def predict(run: Run,             # from `core.start`
         p = predict_table(run, index[index.position >= 0], models, recipe)
     else:
         with tempfile.TemporaryDirectory() as tmp:
-            index = stack_images(run, find_images(images), tmp, recipe.stack_size); order = index.pop("order").sort_values().index
+            index = stack_images(run, find_images(images), tmp, about["stack_size"]); order = index.pop("order").sort_values().index
             p = predict_table(replace(run, data=Path(tmp)), index[index.position >= 0], models, recipe)
     p = fill_in(p, index.error, order, about["prior"])
     return (p, index.loc[order]) if with_index else p
@@ -83,7 +83,7 @@ def fill_in(p: pd.DataFrame,      # predictions of the images that could be read
     out = p.reindex(wanted).fillna(prior); out.attrs["filled"] = filled
     return out
 
-# %% ../nbs/05_inference_submission.ipynb #e9bb26ec
+# %% ../nbs/05_inference_submission.ipynb #3bfc8ce3
 def submission_path(run: Run) -> Path: # where `submission.csv` goes
     "On Kaggle the folder that is submitted, elsewhere beside the data."
     return Path("/kaggle/working/submission.csv") if run.platform == "kaggle" else run.data/"submission.csv"
@@ -114,7 +114,7 @@ def submit(run: Run,           # from `core.start`
     save_json(report, run.data/"submission.json")
     return report
 
-# %% ../nbs/05_inference_submission.ipynb #a98f1093
+# %% ../nbs/05_inference_submission.ipynb #ecfa51de
 def print_summary(run: Run): # prints
     "The result of a whole run: the score beside the constant prediction, and where things are."
     report = load_json(run.data/"submission.json")
@@ -127,4 +127,4 @@ def print_summary(run: Run): # prints
         print(f"model / constant prediction: {model['log_loss']/constant['log_loss']:.2f}")
     else: print("the truth of the test images is not known; the out-of-fold scores are in notebook 04")
     if report["filled"]: print(f"{len(report['filled'])} images could not be read and were filled with the prevalence: {', '.join(list(report['filled'])[:5])}")
-    print(f"submission: {report['path']}")
+    print(f"submission: {short_path(report['path'])}")

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'log', 'Recipe', 'Windows', 'augment', 'Inputs', 'load_pretrained', 'read_weights', 'build_model',
            'save_model', 'load_model']
 
-# %% ../nbs/helpers/models.ipynb #733a9259
+# %% ../nbs/helpers/models.ipynb #df39b5a3
 import json
 import logging
 import math
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-# %% ../nbs/helpers/models.ipynb #23805545
+# %% ../nbs/helpers/models.ipynb #d06615d6
 @dataclass(frozen=True)
 class Recipe:
     "How to train and how to predict. Saved as `recipe.json` beside the weights."
@@ -28,7 +28,6 @@ class Recipe:
     backbone: str = "resnet18"      # any name of `timm.list_models()`
     pretrained: bool = False        # start from ImageNet weights: a local folder, else the hub, else from scratch
     size: int = 160                 # side of the input in pixels
-    stack_size: int = 256           # side of the stored stacks in pixels
     windows: tuple = ((40, 80), (80, 200), (40, 380))   # (center, width) in HU, one channel each
     epochs: int = 12
     batch_size: int = 32
@@ -46,7 +45,7 @@ class Recipe:
     hu_gain: float = .10            # share, either way
     noise: float = 6.               # HU, up to
     blur: float = .9                # pixels, sigma, up to
-    export: float = .4              # share of pictures shown as if exported in a brain window: all outside is cut off
+    export: float = .5              # share of pictures shown as if exported in a brain window: all outside is cut off
     erase: float = .15              # share of pictures with a patch of air
     tta: tuple = ("as is", "flip")  # views that are averaged when predicting
 
@@ -61,12 +60,12 @@ class Recipe:
         return cls(**{k: tup(v) for k, v in d.items()})
 
 RECIPES = {r.name: r for r in [
-    Recipe("test", backbone="test_resnet", size=64, stack_size=96, epochs=1, lr=3e-3),
+    Recipe("test", backbone="test_resnet", size=64, epochs=1, lr=3e-3),
     Recipe("quick"),
-    Recipe("full", backbone="tf_efficientnetv2_s.in21k_ft_in1k", pretrained=True, size=384, stack_size=512, epochs=6, batch_size=64, lr=8e-4, folds=(0, 1, 2, 3, 4), export=.1),
+    Recipe("full", backbone="tf_efficientnetv2_s.in21k_ft_in1k", pretrained=True, size=384, epochs=6, batch_size=64, lr=8e-4, folds=(0, 1, 2, 3, 4), export=.1),
 ]}
 
-# %% ../nbs/helpers/models.ipynb #f5a4039f
+# %% ../nbs/helpers/models.ipynb #c737cde1
 class Windows(nn.Module):
     "HU (n, k, h, w) to channels (n, k * windows, h, w), each window scaled to -1..1."
     def __init__(self, windows): # (center, width) pairs in HU
@@ -78,7 +77,7 @@ class Windows(nn.Module):
         c, h = (v.to(hu.dtype).view(1, 1, -1, 1, 1) for v in (self.middle, self.reach))
         return ((hu.unsqueeze(2) - c)/h).clamp(-1, 1).flatten(1, 2)
 
-# %% ../nbs/helpers/models.ipynb #783bd845
+# %% ../nbs/helpers/models.ipynb #ef8d5588
 def _uniform(n, low, high, like, generator=None): # n numbers between low and high on the device of `like`
     return (torch.rand(n, generator=generator).to(like.device))*(high - low) + low
 
@@ -97,7 +96,7 @@ def _blur(x, sigma): # (n, 1, h, w) with a sigma in pixels for each picture
     y = F.conv2d(F.pad(x.reshape(1, n*c, h, w), (2, 2, 2, 2), mode="replicate"), g.view(n*c, 1, 1, 5), groups=n*c)
     return F.conv2d(y, g.view(n*c, 1, 5, 1), groups=n*c).view(n, c, h, w)
 
-# %% ../nbs/helpers/models.ipynb #e534bd1d
+# %% ../nbs/helpers/models.ipynb #1fa4ff5b
 def augment(hu,          # (n, c, h, w) float, HU
             r: Recipe,   # how much of each
            ):            # (n, c, size, size) float, HU
@@ -111,8 +110,7 @@ def augment(hu,          # (n, c, h, w) float, HU
     x = x*(1 + col(-r.hu_gain, r.hu_gain)) + col(-r.hu_shift, r.hu_shift)
     x = x + torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device)*col(0, 1)**2*r.noise
     center, width = col(32, 48), col(70, 110)
-    low = center - width/2
-    shown = ((x - low)/width).clamp(0, 1)*80                                        # read back as if it had been 0..80 HU
+    shown = ((x - center)/width + .5).clamp(0, 1)**torch.exp(col(-.25, .25))*80    # with the gamma of some screen, and read back as if it had been 0..80 HU
     x = torch.where(col(0, 1) < r.export, shown, x)
     return _erase(x, r)
 
@@ -123,7 +121,7 @@ def _erase(x, r: Recipe): # a rectangle of air in a share of the pictures
     hole = ((yy - cy).abs() < sy/2) & ((xx - cx).abs() < sx/2) & (_uniform(n, 0, 1, x).view(-1, 1, 1, 1) < r.erase)
     return torch.where(hole, torch.full_like(x, -1000.), x)
 
-# %% ../nbs/helpers/models.ipynb #1467960c
+# %% ../nbs/helpers/models.ipynb #e4e16f30
 class Inputs(nn.Module):
     "int16 stacks to what a network takes: augmented while training, resized, windowed."
     def __init__(self, recipe: Recipe):
@@ -135,7 +133,7 @@ class Inputs(nn.Module):
         else: x = hu if hu.shape[-1] == self.recipe.size else F.interpolate(hu, size=(self.recipe.size,)*2, mode="area")
         return self.windows(x.flip(-1) if view == "flip" else x)
 
-# %% ../nbs/helpers/models.ipynb #112e39db
+# %% ../nbs/helpers/models.ipynb #3d165f07
 log = logging.getLogger("rsna_helpers")
 
 def load_pretrained(model: nn.Module,  # a timm model
@@ -158,7 +156,7 @@ def load_pretrained(model: nn.Module,  # a timm model
     model.load_state_dict(fits, strict=False); print(f"{backbone}: {len(fits)} of {len(own)} tensors from the {source}")
     return source
 
-# %% ../nbs/helpers/models.ipynb #ea564d6e
+# %% ../nbs/helpers/models.ipynb #4e379fcf
 def read_weights(file) -> dict: # tensors by name
     "A safetensors file. Raises `ValueError` that names a file that is missing or damaged."
     if not Path(file).is_file(): raise FileNotFoundError(f"{file}: there is no such file of weights")
@@ -175,7 +173,7 @@ def build_model(recipe: Recipe,   # backbone, size, dropout
     if recipe.pretrained: load_pretrained(model, recipe.backbone, pretrained or ".")
     return model
 
-# %% ../nbs/helpers/models.ipynb #c55a36c8
+# %% ../nbs/helpers/models.ipynb #d001dc17
 def save_model(folder,            # folder of the model
                fold: int,         # number of the fold
                model: nn.Module, recipe: Recipe,

@@ -6,7 +6,7 @@
 __all__ = ['INDEX', 'TEXT', 'head_box', 'study_box', 'crop_square', 'brain_area', 'safe_name', 'assign_studies', 'order_slices',
            'stack_study', 'convert', 'create_npy', 'summary', 'load_index', 'load_stack']
 
-# %% ../nbs/02_create_npy.ipynb #954692dc
+# %% ../nbs/02_create_npy.ipynb #5d1c8721
 import os
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ from .core import Run, fingerprint, save_parquet, stage, writing
 from .dicom import AIR, DicomError
 from .eda import prepare_tables
 
-# %% ../nbs/02_create_npy.ipynb #3e42cfc8
+# %% ../nbs/02_create_npy.ipynb #2e3aa009
 def head_box(hu: np.ndarray,  # (rows, columns) HU
             ):                # (top, bottom, left, right) in pixels, or None where nothing is there
     "Bounding box of the head (or neck) in one slice."
@@ -34,7 +34,7 @@ def head_box(hu: np.ndarray,  # (rows, columns) HU
     x, y, w, h, area = stats[1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])]
     return None if area < .004*small.size else (int(y*k), int(min((y+h)*k, hu.shape[0])), int(x*k), int(min((x+w)*k, hu.shape[1])))
 
-# %% ../nbs/02_create_npy.ipynb #3c86971d
+# %% ../nbs/02_create_npy.ipynb #758e8cac
 def study_box(boxes,        # `head_box` of each slice
               shape,        # (rows, columns)
               margin=.04,   # share of the side that is left around
@@ -46,7 +46,7 @@ def study_box(boxes,        # `head_box` of each slice
     side = int(np.ceil(max(bottom - top, right - left)*(1 + 2*margin)))
     return int(round((top + bottom - side)/2)), int(round((left + right - side)/2)), side
 
-# %% ../nbs/02_create_npy.ipynb #ea4fee0f
+# %% ../nbs/02_create_npy.ipynb #689d5efa
 def crop_square(hu: np.ndarray,    # (rows, columns)
                 top: int, left: int, side: int,  # the square, in pixels; what lies outside the picture is air
                ) -> np.ndarray:    # (side, side)
@@ -56,7 +56,7 @@ def crop_square(hu: np.ndarray,    # (rows, columns)
     if b > t and r > l: out[t-top:b-top, l-left:r-left] = hu[t:b, l:r]
     return out
 
-# %% ../nbs/02_create_npy.ipynb #22340651
+# %% ../nbs/02_create_npy.ipynb #214affc7
 def brain_area(hu: np.ndarray,     # (rows, columns) HU
                mm2: float = 1.,    # area of a pixel, mm2
               ) -> float:          # cm2
@@ -68,7 +68,7 @@ def brain_area(hu: np.ndarray,     # (rows, columns) HU
     cv2.floodFill(outside, mask, (0, 0), 1)
     return float(((outside[1:-1, 1:-1] == 0) & (s > 0) & (s < 80)).sum()*k*k*mm2/100)
 
-# %% ../nbs/02_create_npy.ipynb #a948cf89
+# %% ../nbs/02_create_npy.ipynb #3b8e5fb4
 def safe_name(s: str) -> str: # letters, digits, '.', '_' and '-'
     "A name that can be a file."
     return re.sub(r"[^\w.-]", "_", str(s)) or "unnamed"
@@ -86,7 +86,7 @@ def assign_studies(headers: pd.DataFrame,  # from `dicom.header_table`
     order = pd.to_numeric(order).clip(lower=0).astype(int)
     return name.where(order == 0, name + "-" + order.astype(str))
 
-# %% ../nbs/02_create_npy.ipynb #10c4dcf2
+# %% ../nbs/02_create_npy.ipynb #c3a203e2
 def order_slices(rows: pd.DataFrame,   # header rows of a stack
                 ) -> pd.DataFrame:     # the same, in order, with z (mm), gap to the next (mm) and flags
     "Order along the slice normal; by instance number, then name, where positions are absent."
@@ -102,7 +102,7 @@ def order_slices(rows: pd.DataFrame,   # header rows of a stack
 def _flag_pixels(hu) -> str: # oddities of the pixels
     return "constant;" if hu.min() == hu.max() else "no tissue;" if not (hu > 0).any() else ""
 
-# %% ../nbs/02_create_npy.ipynb #df44b99c
+# %% ../nbs/02_create_npy.ipynb #be5c155e
 def stack_study(rows: pd.DataFrame,   # header rows of one study
                 read,                 # path -> (HU, header), may raise `DicomError`
                 size: int = 256,      # side of the stack in pixels
@@ -125,7 +125,7 @@ def stack_study(rows: pd.DataFrame,   # header rows of one study
         r.update(position=i, n_slices=len(good), crop_top=top, crop_left=left, crop_side=side, mm_row=mm[0], mm_col=mm[1], brain_cm2=brain_area(stack[i], np.nan_to_num(mm[0]*mm[1], nan=1.)))
     return stack, good + bad
 
-# %% ../nbs/02_create_npy.ipynb #3bc7ff0c
+# %% ../nbs/02_create_npy.ipynb #ca049e91
 INDEX = ["image", "study", "patient", "split", "position", "n_slices", "z", "gap", "tilt", "thickness", "spacing_row", "spacing_col", "mm_row", "mm_col",
          "rows", "columns", "crop_top", "crop_left", "crop_side", "brain_cm2", "notes", "repaired", "path", "error"]
 
@@ -150,7 +150,7 @@ def _one(rows, out, read, size, crop): # convert a study unless it is there; its
     save_parquet(index, note)
     return index
 
-# %% ../nbs/02_create_npy.ipynb #e6d5dbe6
+# %% ../nbs/02_create_npy.ipynb #cdf88dfe
 def convert(headers: pd.DataFrame,   # from `dicom.header_table`, with columns split and path
             folder,                  # where the stacks go
             read,                    # path -> (HU, header)
@@ -164,14 +164,14 @@ def convert(headers: pd.DataFrame,   # from `dicom.header_table`, with columns s
     jobs = Parallel(n_jobs=n_jobs or os.cpu_count(), return_as="generator")(delayed(_one)(g, folder/f"{s}.npy", read, size, crop) for s, g in groups)
     return _plain_text(pd.concat(tqdm(jobs, total=groups.ngroups, desc="npy: studies", disable=not progress), ignore_index=True))
 
-# %% ../nbs/02_create_npy.ipynb #60c7203d
+# %% ../nbs/02_create_npy.ipynb #ce884027
 def create_npy(run: Run,             # from `core.start`
-               size: int = None,     # side of the stacks in pixels; by default 256 (96 in the test profile)
+               size: int = None,     # side of the stacks in pixels; default: what the profile says
                crop: bool = True,    # cut to the head?
                n_jobs: int = None,   # processes; all cores by default
               ) -> pd.DataFrame:     # the index, a row an image
     "All raw images as stacks in `npy/`, with `npy/index.parquet`."
-    size = size or (96 if run.profile == "test" else 256)
+    size = size or run.stack_size
     _, headers = prepare_tables(run, n_jobs)
     facts = dict(size=size, crop=crop, files=fingerprint(headers[["image", "split", "study", "series", "z"]]), n_files=len(headers))
     folder = run.data/"npy"; index_file = folder/"index.parquet"
@@ -179,6 +179,7 @@ def create_npy(run: Run,             # from `core.start`
         if s["done"] and index_file.is_file(): return _plain_text(pd.read_parquet(index_file))
         s["done"] = False
         folder = _fresh(folder, fingerprint(facts))
+        print(f"{len(headers):,} images as int16 stacks of {size} px: up to {len(headers)*size*size*2/1e9:.1f} GB in {folder.parent.name}/{folder.name}")
         index = convert(headers.assign(path=[str(run.raw/p) for p in headers.path]), folder, run.task.read_image, size, crop, n_jobs)
         index["path"] = [Path(p).relative_to(run.raw).as_posix() for p in index.path]
         save_parquet(index, index_file)
@@ -200,7 +201,7 @@ def summary(index: pd.DataFrame) -> dict: # counts that nothing may escape
     return dict(images=len(index), studies=int(index.study.nunique()), stacked=int((index.position >= 0).sum()), not_read=int((index.position < 0).sum()),
                 repaired=int(index.repaired.notna().sum()), **{f: int(n) for f, n in notes[notes != ""].value_counts().items()})
 
-# %% ../nbs/02_create_npy.ipynb #6c18f6a5
+# %% ../nbs/02_create_npy.ipynb #ae5762a6
 def load_index(run: Run) -> pd.DataFrame: # a row an image
     "The index of the stacks. Makes them if they are not there."
     return create_npy(run)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LeakageError', 'check_no_leak', 'audit_folds', 'largest_deviation', 'plot_folds', 'make_folds', 'create_folds']
 
-# %% ../nbs/03_create_validation.ipynb #cf98921d
+# %% ../nbs/03_create_validation.ipynb #7602f720
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,17 +15,17 @@ from .core import Run, fingerprint, save_parquet, stage
 from .eda import prepare_tables
 from .npy import load_index
 
-# %% ../nbs/03_create_validation.ipynb #4654fad1
+# %% ../nbs/03_create_validation.ipynb #312fbcda
 class LeakageError(ValueError):
     "A group (patient) stands in more than one fold."
 
-# %% ../nbs/03_create_validation.ipynb #1b25706a
+# %% ../nbs/03_create_validation.ipynb #45efebc0
 def _shown(value, # a cell of a table
           ) -> str:
     "`repr`, without the wrapper that numpy puts around its numbers."
     return repr(value.item() if isinstance(value, np.generic) else value)
 
-# %% ../nbs/03_create_validation.ipynb #fe6d506d
+# %% ../nbs/03_create_validation.ipynb #3326746c
 def _column(df: pd.DataFrame, # table
             name: str,        # column wanted
            ) -> pd.Series:
@@ -34,7 +34,7 @@ def _column(df: pd.DataFrame, # table
     found = "more than once in" if name in df.columns else "not in"
     raise ValueError(f"column {name!r} is {found} the table, which has {list(df.columns)}")
 
-# %% ../nbs/03_create_validation.ipynb #546b6e7b
+# %% ../nbs/03_create_validation.ipynb #75dc017c
 def _group_codes(groups: pd.Series,  # group of each row
                 ) -> tuple[np.ndarray, np.ndarray]: # number of each row's group in sorted order; the groups
     "Groups as numbers. `ValueError` for a missing group."
@@ -46,7 +46,7 @@ def _group_codes(groups: pd.Series,  # group of each row
                          f"{_shown(groups.index[missing[0]])}: wanted a group for every row")
     return pd.factorize(values, sort=True)
 
-# %% ../nbs/03_create_validation.ipynb #36e43d1a
+# %% ../nbs/03_create_validation.ipynb #32d6426b
 def _checked(df: pd.DataFrame,      # one row an image
              labels: Sequence[str], # its 0/1 columns
              group: str,            # its column of groups
@@ -61,7 +61,7 @@ def _checked(df: pd.DataFrame,      # one row an image
     code, keys = _group_codes(_column(df, group))
     return labels, code, keys, df[labels].to_numpy(dtype=np.int8)
 
-# %% ../nbs/03_create_validation.ipynb #f94c02ec
+# %% ../nbs/03_create_validation.ipynb #decdebe2
 def _aligned(fold,             # fold of each row: Series (matched by index) or array (by position)
              index: pd.Index,  # rows wanted
             ) -> np.ndarray:   # (rows,)
@@ -78,7 +78,7 @@ def _aligned(fold,             # fold of each row: Series (matched by index) or 
         raise ValueError(f"fold is missing in {len(missing)} of {len(index)} rows, the first at index {_shown(index[missing[0]])}")
     return values
 
-# %% ../nbs/03_create_validation.ipynb #fc3033fb
+# %% ../nbs/03_create_validation.ipynb #4aa15fac
 def check_no_leak(groups, # group (patient) of each row: Series or array
                   fold,   # fold of each row: Series (matched by index if `groups` is one too) or array
                  ) -> None:
@@ -95,7 +95,7 @@ def check_no_leak(groups, # group (patient) of each row: Series or array
     more = "; ..." if len(split) > 5 else ""
     raise LeakageError(f"{len(split)} of {len(keys)} groups ({groups.name!r}) are in more than one fold: {'; '.join(named)}{more}")
 
-# %% ../nbs/03_create_validation.ipynb #458ab484
+# %% ../nbs/03_create_validation.ipynb #7abfd712
 def audit_folds(df: pd.DataFrame,      # one row an image
                 labels: Sequence[str], # its 0/1 columns
                 group: str,            # its column of groups (patients)
@@ -118,14 +118,14 @@ def audit_folds(df: pd.DataFrame,      # one row an image
         audit[f"{label}_deviation"] = count / rows / overall - 1 if overall else np.zeros(len(rows))
     return pd.DataFrame(audit, index=pd.Index(folds, name="fold"))
 
-# %% ../nbs/03_create_validation.ipynb #1f45214d
+# %% ../nbs/03_create_validation.ipynb #f79b8905
 def largest_deviation(audit: pd.DataFrame, # from `audit_folds`
                      ) -> pd.Series:       # for `rows` and each label: largest relative deviation of any fold
     "The worst fold's deviation, without its sign."
     worst = audit.filter(regex="_deviation$").abs().max()
     return worst.rename(lambda name: name.removesuffix("_deviation")).rename("largest deviation")
 
-# %% ../nbs/03_create_validation.ipynb #3d397e00
+# %% ../nbs/03_create_validation.ipynb #c0c2faba
 def plot_folds(audit: pd.DataFrame, # from `audit_folds`
                limit: float = .05,  # deviation at which the colour is full
               ):                    # matplotlib Axes
@@ -142,7 +142,7 @@ def plot_folds(audit: pd.DataFrame, # from `audit_folds`
     ax.set(xlabel="fold", title=f"Largest deviation from the whole table: {deviation.abs().max().max():.1%}")
     return ax
 
-# %% ../nbs/03_create_validation.ipynb #ee6098bf
+# %% ../nbs/03_create_validation.ipynb #79ab93fc
 def _shares(code: np.ndarray,     # (rows,): group of each row
             y: np.ndarray,        # (rows, labels): 0/1
             n_folds: int,         # number of folds
@@ -157,7 +157,7 @@ def _shares(code: np.ndarray,     # (rows,): group of each row
     unit = 2 ** 25 / (n_folds * np.sqrt(brings.shape[1]))
     return np.rint(unit * brings / target.clip(1 / n_folds))
 
-# %% ../nbs/03_create_validation.ipynb #6b417b5e
+# %% ../nbs/03_create_validation.ipynb #bf7d84da
 def _deal(shares: np.ndarray,      # (groups, d), from `_shares`
           n_folds: int,            # number of folds
           order: np.ndarray,       # order in which groups are dealt
@@ -169,7 +169,7 @@ def _deal(shares: np.ndarray,      # (groups, d), from `_shares`
         total[k] += shares[g]
     return fold
 
-# %% ../nbs/03_create_validation.ipynb #3971186a
+# %% ../nbs/03_create_validation.ipynb #93bba707
 def _best_swap(z: np.ndarray,     # (groups + 1, d): shares, and a last row of zeros, nobody
                i: np.ndarray,     # groups of one fold
                j: np.ndarray,     # groups of the other
@@ -180,7 +180,7 @@ def _best_swap(z: np.ndarray,     # (groups + 1, d): shares, and a last row of z
     a, b = np.unravel_index(change.argmin(), change.shape)
     return change[a, b], i[a], j[b]
 
-# %% ../nbs/03_create_validation.ipynb #54d037c9
+# %% ../nbs/03_create_validation.ipynb #9992451c
 def _trade(shares: np.ndarray,      # (groups, d), from `_shares`
            fold: np.ndarray,        # (groups,): fold of each group, from `_deal`
            n_folds: int,            # number of folds
@@ -205,7 +205,7 @@ def _trade(shares: np.ndarray,      # (groups, d), from `_shares`
             fold[i], fold[j], fold[nobody] = b, a, -1
     return fold[:-1]
 
-# %% ../nbs/03_create_validation.ipynb #e6a50a26
+# %% ../nbs/03_create_validation.ipynb #5d1590b0
 def make_folds(df: pd.DataFrame,      # one row an image
                labels: Sequence[str], # its 0/1 columns
                group: str,            # its column of groups (patients): no group is split
@@ -229,7 +229,7 @@ def make_folds(df: pd.DataFrame,      # one row an image
         if uneven < best[0]: best = uneven, fold
     return pd.Series(best[1][code], index=df.index, name="fold")
 
-# %% ../nbs/03_create_validation.ipynb #70397f24
+# %% ../nbs/03_create_validation.ipynb #2d1ccdfa
 def create_folds(run: Run,          # from `core.start`
                  n_folds: int = 5,  # how many
                 ) -> pd.DataFrame:  # index image; patient, study, fold

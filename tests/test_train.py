@@ -1,0 +1,107 @@
+"Training: the folds are checked again, the loss is the score, a second run gives the same model."
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rsna_helpers import models, train
+from rsna_helpers.models import RECIPES, Inputs, Recipe
+from rsna_helpers.validation import LeakageError
+
+TINY = replace(RECIPES["test"], name="tiny", size=32, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def table(run): return train.training_table(run)
+
+
+def test_table_has_every_labelled_image_that_could_be_read(run, table):
+    labels = run.task.read_labels(run.raw)
+    cut = run.truth.query("split == 'train' and quirk == 'truncated'").index
+    assert set(labels.index) - set(table.index) == set(cut)
+    assert table.groupby("patient").fold.nunique().max() == 1
+
+
+def test_a_patient_on_both_sides_stops_the_run(run, table):
+    leaky = table.copy(); patient = table.patient.iloc[0]
+    rows = table.index[table.patient == patient]; leaky.loc[rows[:3], "fold"] = (table.fold[rows[0]] + 1) % 5
+    for fold in {table.fold[rows[0]], (table.fold[rows[0]] + 1) % 5}:
+        with pytest.raises(LeakageError, match=patient):
+            train.make_learner(run, leaky[leaky.fold != fold], leaky[leaky.fold == fold], TINY)
+
+
+def test_folds_on_disk_that_leak_are_refused(run, tmp_path):
+    import shutil
+    from rsna_helpers.validation import create_folds
+    here = replace(run, data=tmp_path/"d"); shutil.copytree(run.data, here.data, ignore=shutil.ignore_patterns("raw", "*.lock"))
+    f = here.data/"folds.parquet"; folds = pd.read_parquet(f); folds.iloc[0, folds.columns.get_loc("fold")] = (folds.fold.iloc[0] + 1) % 5; folds.to_parquet(f)
+    with pytest.raises(LeakageError, match=folds.patient.iloc[0]): create_folds(here)
+    with pytest.raises(LeakageError): train.fit(here, TINY)
+
+
+def test_loss_is_the_score(run):
+    rng = np.random.default_rng(0); y = (rng.random((64, 6)) < .3).astype(float); logits = rng.normal(size=(64, 6))
+    loss = train.WeightedBCE(run.task.class_weights)
+    assert loss(torch.tensor(logits), torch.tensor(y)).item() == pytest.approx(run.task.score(y, 1/(1 + np.exp(-logits))), rel=1e-5)
+
+
+def test_two_runs_give_the_same_model_and_it_is_kept(run, table, tmp_path):
+    folders = [tmp_path/"a", tmp_path/"b"]
+    (oof, note), (again, _) = [train.fit_fold(run, table, 0, TINY, f) for f in folders]
+    a, b = (load_file(str(f/"model_fold0.safetensors")) for f in folders)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    pd.testing.assert_frame_equal(oof, again)
+    assert oof.index.tolist() == table.index[table.fold == 0].tolist() and ((oof > 0) & (oof < 1)).all().all()
+    assert note["best_epoch"] == 0 and math.isfinite(note["best_valid_loss"])
+    (model,), recipe, about = models.load_model(folders[0])
+    assert recipe == TINY and about["prior"] == pytest.approx(table[list(run.task.labels)].mean().to_dict())
+    alone = train.predict_table(run, table.loc[oof.index[5:8]], [model], recipe)
+    np.testing.assert_allclose(alone, oof.iloc[5:8], atol=1e-5)
+    assert (folders[0]/"history_fold0.csv").read_text().startswith("epoch,train_loss,valid_loss")
+
+
+def test_the_best_epoch_is_kept_not_the_last(run, table, tmp_path):
+    "With a rate that ruins the model after a good start the kept loss is the lowest of the history."
+    recipe = replace(TINY, epochs=3, lr=.5)
+    few = pd.concat([table[table.fold != 0][::4], table[table.fold == 0][::4]])
+    _, note = train.fit_fold(run, few, 0, recipe, tmp_path)
+    history = pd.read_csv(tmp_path/"history_fold0.csv")
+    assert note["best_valid_loss"] == pytest.approx(history.valid_loss.min(), abs=1e-5) and note["best_epoch"] == history.valid_loss.idxmin()
+
+
+def test_report_stands_beside_baselines(trained):
+    run, folder = trained
+    report = train.fit(run)
+    assert {"constant (training prevalence)", "header fields", "brain area and position", "blurred thumbnail", "test"} == set(report["scores"])
+    assert {"normal", *run.task.labels} == set(report["classes"]) and "chose the epoch" in report["warning"]
+    for s in report["scores"].values(): assert s["low"] <= s["log_loss"] <= s["high"]
+    assert Path(folder, "report.json").is_file()
+
+
+def test_loaders_keep_order_and_values(run, table):
+    ds = train.StackImages(run, table, run.task.labels)
+    for i in (0, len(ds)//2, len(ds) - 1):
+        hu, y = ds[i]; r = table.iloc[i]
+        assert hu.dtype == torch.int16 and hu.shape[0] == 1 and y.tolist() == r[list(run.task.labels)].tolist()
+        np.testing.assert_array_equal(hu[0], np.load(run.data/"npy"/f"{r.study}.npy")[r.position])
+
+
+def test_inputs_are_plain_when_predicting_and_augmented_when_training():
+    r = replace(RECIPES["quick"], size=64); hu = torch.randint(-1000, 1500, (2, 1, 64, 64), dtype=torch.int16); inputs = Inputs(r)
+    inputs.eval(); a = inputs(hu)
+    assert a.shape == (2, len(r.windows), 64, 64) and torch.equal(a, inputs(hu)) and torch.equal(inputs(hu, "flip"), a.flip(-1))
+    expected = ((hu.float() - r.windows[0][0])/(r.windows[0][1]/2)).clamp(-1, 1)
+    torch.testing.assert_close(a[:, :1], expected)
+    inputs.train(); torch.manual_seed(0); b = inputs(hu); torch.manual_seed(0)
+    assert not torch.allclose(a, b) and torch.equal(b, inputs(hu))
+
+
+def test_recipes_are_known_to_timm_and_come_back_from_json():
+    import json, timm
+    for r in RECIPES.values():
+        assert timm.is_model(r.backbone.split(".")[0]) and Recipe.from_json(json.loads(json.dumps(r.to_json()))) == r
