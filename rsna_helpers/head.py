@@ -16,7 +16,7 @@ __all__ = ['F', 'VOXEL', 'RECTI', 'KINDS', 'EDH', 'IPH', 'IVH', 'SAH', 'SDH', 'S
            'draw_slice', 'sample_table', 'paint_table', 'grain', 'deal_grain', 'streaks', 'scan', 'HeadStudy',
            'visible_areas', 'make_head']
 
-# %% ../nbs/helpers/head.ipynb #46c698b0
+# %% ../nbs/helpers/head.ipynb #911dde32
 import copy
 import functools
 import math
@@ -28,7 +28,7 @@ import numpy as np
 from scipy import fft
 from scipy import ndimage as ndi
 
-# %% ../nbs/helpers/head.ipynb #0c49c816
+# %% ../nbs/helpers/head.ipynb #6686cfe6
 F = np.float32                      # of all arrays: half the time and memory of float64
 
 def smoothstep(a: float, b: float,  # where the ramp starts and ends; a > b makes it fall
@@ -51,7 +51,7 @@ def paint(hu: np.ndarray,           # HU, changed in place
     "Let a material take its share of every point."
     hu += share*(value - hu)
 
-# %% ../nbs/helpers/head.ipynb #aa764364
+# %% ../nbs/helpers/head.ipynb #f2b0086c
 def ellipsoid(x, y, z,              # points in mm
               c, r,                 # centre and radii in mm
              ) -> np.ndarray:       # signed distance to the surface in mm, negative inside; exact for a ball only
@@ -59,7 +59,7 @@ def ellipsoid(x, y, z,              # points in mm
     q = np.sqrt(((x-c[0])/r[0])**2 + ((y-c[1])/r[1])**2 + ((z-c[2])/r[2])**2)
     return (q - 1)*(r[0]*r[1]*r[2])**(1/3)
 
-# %% ../nbs/helpers/head.ipynb #29149ba5
+# %% ../nbs/helpers/head.ipynb #64248bc9
 def capsule(x, y, z,                # points in mm
             p, q,                   # ends of the axis in mm
             rp, rq,                 # radii at the ends in mm
@@ -69,7 +69,7 @@ def capsule(x, y, z,                # points in mm
     t = np.clip((x*v[0] + y*v[1] + z*v[2])/sum(a*a for a in v), 0, 1)
     return np.sqrt((x - t*v[0])**2 + (y - t*v[1])**2 + (z - t*v[2])**2) - (rp + t*(rq-rp))
 
-# %% ../nbs/helpers/head.ipynb #c9552d90
+# %% ../nbs/helpers/head.ipynb #d09cdcf7
 VOXEL = 1.5                         # mm, of the noise volumes
 
 @functools.lru_cache(1)
@@ -82,7 +82,7 @@ def noise_bank() -> SimpleNamespace: # three volumes of 128**3 voxels, flat: `lo
         return ((out - out.mean())/out.std()).ravel()
     return SimpleNamespace(low=volume(10), rough=volume(2.9), folds=volume(1.9, 3.5))
 
-# %% ../nbs/helpers/head.ipynb #fca0a0d0
+# %% ../nbs/helpers/head.ipynb #ada5cec7
 def trilinear(bank: np.ndarray,     # flat volume of 128**3 voxels that repeats at its borders
               grid: list,           # three arrays of coordinates in voxels
              ) -> np.ndarray:       # values between the voxels
@@ -98,7 +98,7 @@ def trilinear(bank: np.ndarray,     # flat volume of 128**3 voxels that repeats 
     v = across(i0)
     return v + a*(across(i1) - v)
 
-# %% ../nbs/helpers/head.ipynb #493ae8ec
+# %% ../nbs/helpers/head.ipynb #ccc1dafc
 class Noise:
     """A study's own random fields. `at(layer)` fixes the points; `low(k)` and `rough(k)` then give independent fields there, for k up to 31,
     and `folds` the field of the sulci at points of your choice. A slice of it, `noise[rows, columns]`, belongs to a part of the layer."""
@@ -134,7 +134,7 @@ class Noise:
         grid = self._grid(*(cv2.resize(v, half, interpolation=cv2.INTER_AREA) for v in (x, y, z)))
         return cv2.resize(trilinear(noise_bank().folds, grid), size, interpolation=cv2.INTER_LINEAR)
 
-# %% ../nbs/helpers/head.ipynb #55352dcb
+# %% ../nbs/helpers/head.ipynb #022b7ab3
 def _tighten(n0, n1, step, lo, hi):
     "The part of the indices n0..n1 for which lo <= step*n <= hi."
     if abs(step) < 1e-9: return (n0, n1) if lo <= 0 <= hi else (1, 0)
@@ -198,7 +198,7 @@ class Layer:
         out.x, out.y, out.z = (v + F(d) for v, d in zip((self.x, self.y, self.z), step))
         return out
 
-# %% ../nbs/helpers/head.ipynb #18f62634
+# %% ../nbs/helpers/head.ipynb #e4154071
 def sample_head(rng,                    # numpy Generator
                ) -> SimpleNamespace:    # lengths in mm, densities in HU, probabilities and shares from 0 to 1
     "Random anatomy of a healthy head, or one with old infarcts, which are no bleeds."
@@ -246,7 +246,7 @@ def _sample_infarct(rng):
 
 def _side(rng): return int(rng.choice([-1, 1]))
 
-# %% ../nbs/helpers/head.ipynb #926e972a
+# %% ../nbs/helpers/head.ipynb #37578508
 def cavity(g,            # anatomy of `sample_head`
            x, y, z,      # points in mm
           ) -> tuple:    # depth under the inner table in mm, positive inside; and the radius as a share of the table's
@@ -268,7 +268,7 @@ def surface_point(g, d) -> np.ndarray:   # (3,) mm
         _, rho = cavity(g, *p[:, None]); p = p/rho[0]
     return p
 
-# %% ../nbs/helpers/head.ipynb #1430f1ce
+# %% ../nbs/helpers/head.ipynb #54b7278f
 def floor_height(x, y) -> np.ndarray:   # z in mm
     "Height of the skull base: anterior, middle and posterior fossa, petrous ridges, sella and foramen magnum."
     ax = np.abs(x); line = y - .5*ax                        # across the petrous ridges
@@ -282,7 +282,7 @@ def floor_height(x, y) -> np.ndarray:   # z in mm
     ridge = -23 - 12*(1 - smoothstep(4, 30, ax)) + .12*(ax-40)
     return z + np.clip(ridge - z, 0, None)*np.exp(-((line-1)/(6 + .09*ax))**2)*smoothstep(8, 16, ax)
 
-# %% ../nbs/helpers/head.ipynb #9ef178ad
+# %% ../nbs/helpers/head.ipynb #9ea54a06
 def measure_slice(g, p):
     "Sets `bone`, `temporal`, `scalp` and `floor` of a layer with `noise`, mm."
     p.wob = p.noise.low(5); ax = np.abs(p.x)
@@ -304,7 +304,7 @@ def measure_depth(g, p):
     p.vault = cavity(g, p.x, p.y, p.z)[0]; p.base = (p.z - p.floor)*.85
     p.depth = np.minimum(p.vault, p.base)
 
-# %% ../nbs/helpers/head.ipynb #118843c4
+# %% ../nbs/helpers/head.ipynb #62647ff8
 def paint_soft_tissue(g, p):
     "Skin, fat and muscle, from the scalp to the neck; sets `skin` and `body`."
     p.skin = -p.vault - p.bone - p.temporal - p.scalp
@@ -333,7 +333,7 @@ def _temporal_muscle(g, p):
     paint(p.hu, m*inside(-outer), 54 + 4*rough)
     paint(p.hu, m*.75*np.maximum(smoothstep(.34, .1, np.abs(rough)), inside(np.abs(outer) - .8 - .5*rough, 1.5)), g.fat)
 
-# %% ../nbs/helpers/head.ipynb #be04d512
+# %% ../nbs/helpers/head.ipynb #725f91c2
 def paint_skull(g, p):
     "Vault, skull base and petrous bones; sets `skull`."
     p.base_thick = 8 + 1.5*p.wob; frac = np.clip(-p.vault/p.bone, 0, 1)
@@ -347,7 +347,7 @@ def paint_skull(g, p):
     p.skull = inside(-p.vault - p.bone)*inside(-(p.base/.85 + p.base_thick)/1.5)*inside(p.depth)
     paint(p.hu, p.skull, p.bone_hu)
 
-# %% ../nbs/helpers/head.ipynb #7844898b
+# %% ../nbs/helpers/head.ipynb #b803b766
 def _cell(p, sd, fill, wall=1.6, hard=600):
     "An air cell or sinus: a shell of bone `wall` mm thick around its content."
     paint(p.hu, inside(sd - wall)*p.body*inside(p.depth + 1), hard)
@@ -384,7 +384,7 @@ def paint_nose(g, p):
         _cell(q, sd, np.where((np.abs(air) < .55) | (q.ax < 1), F(40), F(-960)))
     if q := p.around((0, -8, -80), (17, 11, 27)): paint(q.hu, inside(ellipsoid(q.x, q.y, q.z, (0, -8, -80), (15, 9, 24)))*q.body, -990)
 
-# %% ../nbs/helpers/head.ipynb #5434f33d
+# %% ../nbs/helpers/head.ipynb #d4d636de
 RECTI = [((42, -64, -38), (17, -30, -36), 2.4), ((20, -64, -38), (12, -30, -36), 2.2),       # lateral, medial,
          ((31, -66, -27), (15, -30, -32), 2.2), ((31, -66, -49), (15, -30, -40), 2.4)]       # superior, inferior
 
@@ -402,7 +402,7 @@ def paint_orbits(g, p):
         paint(q.hu, inside(eye), 48); paint(q.hu, inside(eye + 1.6), 9)
         paint(q.hu, inside(ellipsoid(x, y, z, (32, -87, -38), (4.5, 2.2, 4.5))), 82)
 
-# %% ../nbs/helpers/head.ipynb #84e92102
+# %% ../nbs/helpers/head.ipynb #ae932f43
 def paint_jaws_and_neck(g, p):
     "Cheek bone, jaws, teeth, atlas and dens with the cord in its canal: what the lowest slices show."
     def bone(box, a, b, ra, rb, hu, more=lambda q: 1):
@@ -422,13 +422,13 @@ def paint_jaws_and_neck(g, p):
         arch = np.maximum(arch, np.maximum(np.abs(q.z + 98) - 9, q.y + 46))
         paint(q.hu, inside(arch)*q.body*(np.abs(np.sin(7*np.arctan2(q.x, -(q.y+46)))) > .18), 2100)
 
-# %% ../nbs/helpers/head.ipynb #a7b422d5
+# %% ../nbs/helpers/head.ipynb #24af63db
 def paint_outside(g, p):
     "All that is not brain; what fills the cavity is left for `paint_brain`."
     paint_soft_tissue(g, p); paint_skull(g, p); paint_air_cells(g, p)
     if p.near(z=(-300, -10)): paint_orbits(g, p); paint_nose(g, p); paint_jaws_and_neck(g, p)
 
-# %% ../nbs/helpers/head.ipynb #58066773
+# %% ../nbs/helpers/head.ipynb #f7c6e91a
 KINDS = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural"]       # in the order of the competition
 EDH, IPH, IVH, SAH, SDH = range(5)
 
@@ -445,7 +445,7 @@ def plan_epidural(rng, g) -> SimpleNamespace:
     return SimpleNamespace(kind=EDH, shape="lens", c=_toward(g, s, u(-65, 65), u(-12, 55)).tolist(), s=s, d0=d0, t=d0*u(.3, .62),
                            hu=u(56, 84), swirl=u(0, 22) if u() < .35 else 0, push=u(.5, .9))
 
-# %% ../nbs/helpers/head.ipynb #09888151
+# %% ../nbs/helpers/head.ipynb #91130df0
 def plan_subdural(rng, s=None) -> SimpleNamespace:
     """A crescent over one hemisphere, `t` mm thick: centre `phi` and half width `w` in degrees, centre `z` and half height `h` in mm.
     Two thirds are fresh, the rest as dark as brain or darker; old ones settle into layers."""
@@ -465,7 +465,7 @@ def plan_tentorial(rng) -> SimpleNamespace:
     u = rng.uniform
     return SimpleNamespace(kind=SDH, shape="tent", s=_side(rng), t=u(2.5, 7), hu=_fresh(rng), w=u(25, 50))
 
-# %% ../nbs/helpers/head.ipynb #d31e54e2
+# %% ../nbs/helpers/head.ipynb #14acb544
 def plan_subarachnoid(rng, c, r) -> SimpleNamespace:
     "Blood in the sulci and cisterns within `r` mm of `c`; `fill` is its share of the fluid, `swell` how far it widens the sulci."
     u = rng.uniform
@@ -482,7 +482,7 @@ def plan_convexal(rng, g) -> list:
     u = rng.uniform
     return [plan_subarachnoid(rng, _toward(g, _side(rng), u(-70, 80), u(-10, 65))*F(.93), u(12, 36)) for _ in range(rng.integers(1, 4))]
 
-# %% ../nbs/helpers/head.ipynb #bbbdc51e
+# %% ../nbs/helpers/head.ipynb #032649ec
 def plan_intraventricular(rng, heavy=None) -> SimpleNamespace:
     """Blood in the ventricles. It settles: `level` is its surface on either side, as mm against gravity, so a low level fills more.
     A `heavy` one fills most of a ventricle."""
@@ -495,7 +495,7 @@ def plan_intraventricular(rng, heavy=None) -> SimpleNamespace:
     if min(b.level) > 60 and not b.third: b.level[rng.integers(2)] = u(28, 52)
     return b
 
-# %% ../nbs/helpers/head.ipynb #41e936e9
+# %% ../nbs/helpers/head.ipynb #634e1890
 def plan_intraparenchymal(rng, c, r) -> SimpleNamespace:
     "A lump around `c` (mm) of radii about `r` mm, with a ragged edge, uneven density and a dark rim of oedema."
     u = rng.uniform
@@ -524,7 +524,7 @@ def plan_contusions(rng) -> list:
         out.append(plan_intraparenchymal(rng, c, u(3, 12)))
     return out
 
-# %% ../nbs/helpers/head.ipynb #99ef8252
+# %% ../nbs/helpers/head.ipynb #e93e920c
 def _stroke(rng, g):
     return ([plan_lump(rng)] + ([plan_intraventricular(rng)] if rng.uniform() < .38 else [])
             + (plan_convexal(rng, g) if rng.uniform() < .15 else []))
@@ -556,7 +556,7 @@ def sample_bleeds(rng,          # numpy Generator
     if any(b.kind in (IVH, SAH) for b in out) and rng.uniform() < .35: g.vent *= rng.uniform(1.15, 1.5)
     return out
 
-# %% ../nbs/helpers/head.ipynb #ae567d74
+# %% ../nbs/helpers/head.ipynb #3f615892
 def push_aside(bleeds, p) -> list:      # (collection, its share of the points) for each bleed outside the brain
     "Sets `ox, oy, oz, oax` (mm), `gap`, by how much collections lift the brain off the bone (mm), and `tight` (0 to 1)."
     p.ox, p.oy, p.oz = p.x, p.y, p.z; p.gap = p.tight = 0.
@@ -596,7 +596,7 @@ def _expand(b, p):
     p.ox -= m*d[0]; p.oy -= m*d[1]; p.oz -= m*d[2]
     p.tight = p.tight + np.exp(-(r/(2.5*R))**2)*min(R/16, 1)
 
-# %% ../nbs/helpers/head.ipynb #ed91aa02
+# %% ../nbs/helpers/head.ipynb #9bb5dd2a
 def spread_blood(bleeds, p):
     "Sets `sah`, the share of blood in the fluid, `sah_hu`, its density, and `swell`, by how much it widens sulci."
     p.sah = p.sah_hu = p.swell = 0.
@@ -607,7 +607,7 @@ def spread_blood(bleeds, p):
         p.sah_hu = np.where(m > p.sah, F(b.hu), p.sah_hu).astype(F)
         p.swell = np.maximum(p.swell, m*b.swell); p.sah = np.maximum(p.sah, m)
 
-# %% ../nbs/helpers/head.ipynb #776763ef
+# %% ../nbs/helpers/head.ipynb #deaca236
 def brain_surface(g, p):
     "Sets `pia`, `tent` and `infra`."
     gap = g.csf_gap*np.clip(.6 + .6*p.wob - p.y/120, 0, 3)  # shrunken frontal lobes leave more room
@@ -623,7 +623,7 @@ def fold_cortex(g, p):
     bent = (v*k + g.winding*p.noise.rough(i) for v, i in ((p.x, 23), (p.y, 24), (p.z, 21)))
     p.fold = p.noise.folds(*bent) + .2*p.wob
 
-# %% ../nbs/helpers/head.ipynb #658a167c
+# %% ../nbs/helpers/head.ipynb #94f36d2a
 def fissures(g, p):
     "Sets `split`: the Sylvian fissure with the insula, and the fissure between the hemispheres."
     p.split = np.full(p.shape, 40, F); p.width = g.sylv*(1 - .6*p.tight) + .8*p.swell
@@ -645,7 +645,7 @@ def _interhemispheric(g, p):
     sd = np.maximum(np.maximum(sd, .5 - callosum), -13 - p.oz) + 40*p.infra
     np.minimum(p.split, np.where(sd > 0, 1.5*sd, sd), out=p.split)                          # sulci of the inner face are shallow
 
-# %% ../nbs/helpers/head.ipynb #53606b3f
+# %% ../nbs/helpers/head.ipynb #b8c8427b
 def sulci_and_cortex(g, p):
     "Sets `wall`, `sulci` and `gray`."
     p.wall = np.minimum(p.pia, p.split); fold = np.abs(p.fold)
@@ -662,7 +662,7 @@ def paint_cortex(g, p):
     wm = g.wm + .8*p.wob
     p.hu = wm + (g.gm - wm)*p.gray*.95 + 1.1*p.noise.rough(22)
 
-# %% ../nbs/helpers/head.ipynb #0cef6f64
+# %% ../nbs/helpers/head.ipynb #546962ff
 def deep_nuclei(x, y, z) -> np.ndarray:     # signed distance in mm
     "Thalamus, caudate and lentiform nucleus on both sides."
     ax = np.abs(x)
@@ -697,7 +697,7 @@ def paint_hindbrain(g, p):
         paint(hu, (.3 + .6*g.age)*cleft, g.csf); paint(q.hu, q.infra, hu)
     if q := p.near((-32, 32), (-32, 64), (-120, 10)): paint(q.hu, inside(brainstem(q.ox, q.oy, q.oz), 2), g.wm + 3.5)
 
-# %% ../nbs/helpers/head.ipynb #cfceade7
+# %% ../nbs/helpers/head.ipynb #6694d0e4
 def cisterns(g, p):
     "Sets `cist`, the share of fluid in the cisterns at the base, and `hind`, in those that reach below the tentorium."
     p.cist = np.zeros(p.shape, F); p.hind = np.zeros(p.shape, F); p.room = g.cist*(1 - .5*p.tight) + .3*p.swell
@@ -728,7 +728,7 @@ def paint_fluid(g, p):
     p.fluid = np.where(p.infra > .5, np.maximum(film, p.hind), csf); paint(p.hu, p.fluid, g.csf)
     if np.any(p.sah): put_blood(p, SAH, p.fluid*p.sah*np.clip(.8 + .35*p.noise.rough(0), 0, 1), p.sah_hu)
 
-# %% ../nbs/helpers/head.ipynb #9625f627
+# %% ../nbs/helpers/head.ipynb #f1ab5c44
 LATERAL = [(18, -45, 5, 1.0), (14, -38, 8, 3.2), (9, -28, 11, 3.7), (4.8, -18, 13, 3.4), (8, -6, 20, 4.8), (11, 10, 24, 4.8),
            (16, 24, 21, 5.2), (23, 35, 11, 6.0), (24, 47, 7, 3.6), (20, 62, 5, 1.0)]        # frontal to occipital horn: x, y, z, radius
 TEMPORAL_HORN = [(23, 34, 10, 4), (31, 22, -9, 1.9), (30, 2, -20, 1.3)]
@@ -767,7 +767,7 @@ def _fill_ventricles(b, p, lateral, third, fourth):
     if b.fourth: m = np.maximum(m, fourth)
     put_blood(p, IVH, m*b.mix, b.hu + 2*rag)
 
-# %% ../nbs/helpers/head.ipynb #799e2e97
+# %% ../nbs/helpers/head.ipynb #4f7c7463
 def paint_calcium(g, p):
     "Choroid plexus, pineal gland, basal ganglia, walls of the carotids; and the arteries at the base."
     for s, q in p.sides((10, 32), (20, 52), (-2, 22)) if g.choroid else ():
@@ -783,7 +783,7 @@ def paint_calcium(g, p):
         if q := p.near((-b[0]-3, b[0]+3), *((min(v) - 3, max(v) + 3) for v in list(zip(a, b))[1:])):
             paint(q.hu, inside(capsule(q.oax, q.oy, q.oz, a, b, ra, rb)), hu)
 
-# %% ../nbs/helpers/head.ipynb #2fca00ec
+# %% ../nbs/helpers/head.ipynb #267cc89c
 def paint_dura(g, p):
     "Falx, tentorium and the venous sinuses in their edges; sets `falx`, the share of points level with the falx."
     p.falx = np.zeros(p.shape, F); sinus = g.sinus + (16 if g.dense_sinus else 0)
@@ -808,7 +808,7 @@ def _tentorium(g, p, sinus):
     transverse = np.sqrt((p.tent - p.z)**2 + (np.clip(p.depth-3, 0, None)*1.1)**2) - 4.2
     paint(p.hu, inside(transverse, 1.5)*smoothstep(22, 40, p.y), sinus)
 
-# %% ../nbs/helpers/head.ipynb #b67bf397
+# %% ../nbs/helpers/head.ipynb #d1aefe57
 def paint_lumps(bleeds, p):
     "Intraparenchymal blood, and subdural blood on falx and tentorium."
     for b in bleeds:
@@ -840,7 +840,7 @@ def paint_collections(collections, p):
         elif b.swirl: hu = hu - b.swirl*smoothstep(.2, 1, p.noise.rough(0))
         put_blood(p, b.kind, share, hu)
 
-# %% ../nbs/helpers/head.ipynb #e203db55
+# %% ../nbs/helpers/head.ipynb #9e334bd5
 def paint_brain(g, bleeds, p):
     "All inside the skull, on a part of a layer of its own; sets `hu` and `blood`."
     p.wob = p.noise.low(0); p.blood = np.zeros((len(KINDS), *p.shape), F)
@@ -864,7 +864,7 @@ def paint_layer(g,          # anatomy
     q = p.crop(i[0], i[-1] + 1, j[0], j[-1] + 1); paint_brain(g, bleeds, q)
     share = inside(-q.depth); paint(p.hu[q.window], share, q.hu); p.blood[(..., *q.window)] = q.blood*share
 
-# %% ../nbs/helpers/head.ipynb #10c564cf
+# %% ../nbs/helpers/head.ipynb #6ffd1cda
 def rotation(ax: float, ay: float, az: float) -> np.ndarray:    # angles about x, y and z in radians; (3, 3)
     "Rotation matrix, x first."
     cx, sx, cy, sy, cz, sz = np.cos(ax), np.sin(ax), np.cos(ay), np.sin(ay), np.cos(az), np.sin(az)
@@ -888,7 +888,7 @@ def layer_at(pos, z: float) -> Layer:
     p.up = np.broadcast_to((pos.off[1] + pos.down[1]*i)[:, None].astype(F), p.shape)
     return p
 
-# %% ../nbs/helpers/head.ipynb #877f4561
+# %% ../nbs/helpers/head.ipynb #eed61240
 def trim(g, p):
     "The part of a measured slice that holds the head with a margin of a few mm, or None. Low slices, with a face, are left whole."
     if p.near(z=(-300, 8)): return p.crop(0, p.shape[0], 0, p.shape[1])
@@ -911,7 +911,7 @@ def draw_slice(g, bleeds, noise, pos, z, n_sub) -> tuple:   # HU (rows, columns)
         if bleeds: there += layer.blood/n_sub
     return hu, blood
 
-# %% ../nbs/helpers/head.ipynb #aaea51b8
+# %% ../nbs/helpers/head.ipynb #62bd05c7
 def sample_table(rng) -> SimpleNamespace:   # mm, HU; `span` is half the arc in radians
     "Head holder or table top: an arc, a plate, or nothing."
     u = rng.uniform
@@ -927,7 +927,7 @@ def paint_table(table, hu, pos):
     else: sd = np.maximum(np.abs(np.hypot(x, y - table.y) - table.radius) - table.half, (np.abs(np.arctan2(x, y - table.y)) - table.span)*100)
     paint(hu, inside(sd)*(hu < -500), table.hu)
 
-# %% ../nbs/helpers/head.ipynb #87d10aaa
+# %% ../nbs/helpers/head.ipynb #2e17b509
 def grain(rng, size: int,       # pixels a side
           fineness: float,      # 1: the kernel cuts off at about half the Nyquist frequency; more is coarser
           n: int = 5,           # fields
@@ -944,7 +944,7 @@ def deal_grain(rng, fields: np.ndarray) -> np.ndarray:      # (size, size), devi
     i, j = rng.choice(len(fields), 2, replace=False); a = fields[i][::rng.choice([-1, 1]), ::rng.choice([-1, 1])]
     return (a + np.roll(fields[j], rng.integers(0, fields.shape[1], 2), (0, 1)))*F(.7071)
 
-# %% ../nbs/helpers/head.ipynb #cb3f5c0e
+# %% ../nbs/helpers/head.ipynb #8dcdb32f
 def streaks(rng, hu, bone: float) -> np.ndarray:            # HU to add
     "Dark and bright bands between thick bones; `bone` is the share of bone in the thickest rows."
     size = len(hu); u = rng.uniform; x = np.arange(size, dtype=F)/size - F(.5)
@@ -973,7 +973,7 @@ def scan(stack,             # slices of HU at half the resolution
         out[s] = np.clip(np.rint(b, out=b), -1024, 3071)
     return out
 
-# %% ../nbs/helpers/head.ipynb #9ce61451
+# %% ../nbs/helpers/head.ipynb #fb67c771
 @dataclass
 class HeadStudy:
     "One synthetic head CT: what the scanner would write, and what it shows."
@@ -986,13 +986,16 @@ class HeadStudy:
     tilt: float                   # gantry tilt in degrees
     masks: np.ndarray = None      # (slices, 5, rows/2, columns/2) share of each kind in a pixel, if asked for
 
-def visible_areas(masks: np.ndarray,    # (..., rows, columns) share of blood in a pixel
+def visible_areas(masks: np.ndarray,    # (5, rows, columns) share of each kind of bleed in a pixel
+                  hu: np.ndarray,       # (rows, columns) HU before the scanner adds its noise
                   mm2: float,           # area of a pixel
-                 ) -> np.ndarray:       # (...) mm2
-    "Area in which a kind of bleed fills at least 40 % of the pixel: what a reader could point at."
-    return (masks >= .4).sum((-2, -1))*mm2
+                 ) -> np.ndarray:       # (5,) mm2
+    """Area of each kind that a reader could point at: at least 40 % blood, and denser than brain.
+    Blood thinned by fluid to the density of brain is there but cannot be seen. Subdural blood counts at any density: old blood is dark, and its crescent shows."""
+    dense = (hu >= 42) | (np.arange(len(KINDS)) == SDH)[:, None, None]
+    return ((masks >= .4) & dense).sum((-2, -1))*mm2
 
-# %% ../nbs/helpers/head.ipynb #89e78010
+# %% ../nbs/helpers/head.ipynb #f4cbad0b
 def make_head(seed,                 # int or sequence of int: same seed, same study
               bleeding: bool,       # does the patient bleed?
               size: int = 512,      # rows and columns, even
@@ -1007,7 +1010,7 @@ def make_head(seed,                 # int or sequence of int: same seed, same st
     zs = pos.z0 + (np.arange(pos.n) + .5)*pos.thick; stack, masks, areas = [], [], np.zeros((pos.n, len(KINDS)))
     for s, z in enumerate(zs):
         hu, blood = draw_slice(g, bleeds, noise, pos, z, n_sub); paint_table(table, hu, pos)
-        stack.append(hu); areas[s] = visible_areas(blood, pos.spacing**2)
+        stack.append(hu); areas[s] = visible_areas(blood, hu, pos.spacing**2)
         if keep_masks: masks.append(blood)
     first = pos.spacing/4 - pos.fov/2; corner = first*(pos.down + [1, 0, 0]) + [*pos.off, 0]  # middle of the first of the final pixels
     return HeadStudy(scan(stack, rng, pos.spacing/2, size), areas, corner + zs[:, None]*np.array([0, 0, 1]), np.array([1, 0, 0, *pos.down]),

@@ -6,7 +6,7 @@
 __all__ = ['QUIRKS', 'MIN_AREA', 'WRITERS', 'plan_hemorrhage', 'encode', 'dicom_bytes', 'write_study', 'write_hemorrhage',
            'write_phantom']
 
-# %% ../nbs/helpers/phantom.ipynb #4ce796d4
+# %% ../nbs/helpers/phantom.ipynb #d4c1a47a
 import io
 import os
 import shutil
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .head import KINDS, make_head
 
-# %% ../nbs/helpers/phantom.ipynb #d202ae53
+# %% ../nbs/helpers/phantom.ipynb #b2a075ea
 QUIRKS = ["wrong_intercept", "signed12", "intercept_-1000", "nonsquare", "same_z", "constant", "empty", "truncated"]
 
 def _hex(rng, n: int) -> str: return "".join(rng.choice(list("0123456789abcdef"), n))
@@ -39,7 +39,7 @@ def plan_hemorrhage(n_train: int = 96,  # training patients
         if split == "test" and n > 3: patients[0] = rows[-1]["patient"]          # as in the real set, some patients stand in both
         for i, p in enumerate(patients):
             for _ in range(1 + (split == "train" and rng.random() < .1) + (split == "train" and i == 1)):
-                rows.append(dict(split=split, patient=p, study="ID_" + _hex(rng, 10), series="ID_" + _hex(rng, 10), bleeding=bool(rng.random() < .55),
+                rows.append(dict(split=split, patient=p, study="ID_" + _hex(rng, 10), series="ID_" + _hex(rng, 10), bleeding=bool(rng.random() < .62),
                                  family="signed16" if rng.random() < .51 else "unsigned12", implicit=bool(rng.random() < .2), quirk=""))
     df = pd.DataFrame(rows); df["seed"] = np.arange(len(df)) + 1_000_000*seed
     for split, quirks in (("train", QUIRKS), ("test", ["truncated", "wrong_intercept", "same_z"])):
@@ -48,7 +48,7 @@ def plan_hemorrhage(n_train: int = 96,  # training patients
         df.loc[rng.choice(at, len(quirks), replace=False), "quirk"] = quirks
     return df
 
-# %% ../nbs/helpers/phantom.ipynb #1545c7a3
+# %% ../nbs/helpers/phantom.ipynb #0470efb9
 def encode(hu: np.ndarray,    # (rows, columns) int, HU
            family: str,       # 'signed16', 'unsigned12', 'wrong_intercept', 'signed12' or 'intercept_-1000'
           ) -> tuple:         # (stored pixels, dict of header values)
@@ -63,7 +63,7 @@ def encode(hu: np.ndarray,    # (rows, columns) int, HU
     if signed and bits == 12: px = px & 0xfff                                       # the four unused high bits stay empty
     return px.astype("<i2" if bits == 16 else "<u2"), dict(BitsStored=bits, HighBit=bits-1, PixelRepresentation=signed, RescaleIntercept=intercept)
 
-# %% ../nbs/helpers/phantom.ipynb #c58aa187
+# %% ../nbs/helpers/phantom.ipynb #875b2fe3
 def dicom_bytes(px: np.ndarray,   # stored pixels
                 tags: dict,       # header values by keyword
                 implicit: bool,   # Implicit VR Little Endian?
@@ -84,8 +84,8 @@ def dicom_bytes(px: np.ndarray,   # stored pixels
     out = buffer.getvalue()
     return out if keep == 1 else out[:len(out) - int(len(data)*(1 - keep))]
 
-# %% ../nbs/helpers/phantom.ipynb #ea624897
-MIN_AREA = dict(epidural=15, intraparenchymal=12, intraventricular=12, subarachnoid=25, subdural=15)   # mm2 in the slice
+# %% ../nbs/helpers/phantom.ipynb #4354dad8
+MIN_AREA = dict(epidural=35, intraparenchymal=25, intraventricular=25, subarachnoid=45, subdural=40)   # mm2 in the slice
 
 def _slice_tags(s, i, image, st, family, rng, z_shift) -> dict: # header values of slice `i`
     two = family["windows"]; p = st.positions[i if not z_shift else i - 1]
@@ -114,7 +114,7 @@ def write_study(s,            # row of the plan
                     | {f"{k}_mm2": float(a) for k, a in areas.items()} | {k: int(areas[k] >= MIN_AREA[k]) for k in KINDS})
     return rows
 
-# %% ../nbs/helpers/phantom.ipynb #c1951a89
+# %% ../nbs/helpers/phantom.ipynb #4b256458
 def _long(table: pd.DataFrame, # one row an image, a column a label
           values=None,         # a constant instead of the labels
          ) -> pd.DataFrame:    # ID, Label
@@ -146,7 +146,7 @@ def write_hemorrhage(out,                   # folder to make; it must not exist
     part.rename(out)
     return df
 
-# %% ../nbs/helpers/phantom.ipynb #e5b0782f
+# %% ../nbs/helpers/phantom.ipynb #7e09daf9
 WRITERS = {"hemorrhage": write_hemorrhage}
 
 def write_phantom(task: str,       # name of the task
