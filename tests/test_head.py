@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from rsna_helpers import head
-from rsna_helpers.head import EDH, IVH, KINDS, SAH, make_head
+from rsna_helpers import bleeds
+from rsna_helpers.bleeds import EDH, IVH, KINDS, SAH
+from rsna_helpers.head import make_head
 
 SMALL = dict(size=96, n_sub=1)
 HASH = "import hashlib; from rsna_helpers.head import make_head; print(hashlib.md5(make_head(11, True, size=96, n_sub=1).hu.tobytes()).hexdigest())"
@@ -39,8 +40,8 @@ def test_no_blood_without_bleeding():
 
 def test_truth_lies_on_bright_or_settled_pixels(monkeypatch):
     "Fresh blood is brighter in the image than the rest of the brain, where the truth says so."
-    for story, kind in ((head._epidural, EDH), (head._ventricles, IVH), (head._aneurysm, SAH)):
-        monkeypatch.setattr(head, "STORIES", {story: 1.0}); found = 0
+    for story, kind in ((bleeds._epidural, EDH), (bleeds._ventricles, IVH), (bleeds._aneurysm, SAH)):
+        monkeypatch.setattr(bleeds, "STORIES", {story: 1.0}); found = 0
         for seed in range(6):
             st = make_head(seed, True, size=128, n_sub=1, keep_masks=True); small = st.hu[:, ::2, ::2].astype(float)
             blood = st.masks[:, kind] > .8; rest = (st.masks.max(1) == 0) & (small > 5) & (small < 45)
