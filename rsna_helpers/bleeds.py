@@ -154,7 +154,7 @@ def push_aside(bleeds, p) -> list:      # (collection, its share of the points) 
     collections = [(b, _collect(b, p)) for b in found if b.shape != "lump"]
     for b in found:
         if b.shape == "lump": _expand(b, p)
-    p.tight = np.clip(p.tight, 0, 1); p.oax = np.abs(p.ox)
+    p.tight = F(0) if np.isscalar(p.tight) else np.clip(p.tight, 0, 1); p.oax = np.abs(p.ox)   # a plain 0 would turn all that follows into float64
     if found: p.shift = max(float(np.abs(a - b).max()) for a, b in ((p.ox, p.x), (p.oy, p.y), (p.oz, p.z)))
     return collections
 
