@@ -6,7 +6,7 @@
 __all__ = ['training_table', 'StackImages', 'WeightedBCE', 'MakeInputs', 'KeepBest', 'CPUBfloat16', 'precision_callbacks',
            'make_dls', 'make_learner', 'find_lr', 'predict_table', 'fit_fold', 'compare', 'fit', 'make_report']
 
-# %% ../nbs/04_train.ipynb #5cdaa917
+# %% ../nbs/04_train.ipynb #e4118dff
 import math
 import time
 from pathlib import Path
@@ -33,7 +33,7 @@ from .models import RECIPES, Inputs, Recipe, build_model, load_model, save_model
 from .npy import load_index, load_stack
 from .validation import check_no_leak, create_folds
 
-# %% ../nbs/04_train.ipynb #bb90761e
+# %% ../nbs/04_train.ipynb #65fc2527
 def training_table(run: Run) -> pd.DataFrame: # index image; study, position, patient, fold, and a column a label
     "Images with labels that have a place in a stack, with their folds. Raises `LeakageError` if a patient is in two folds."
     index = load_index(run).query("split == 'train' and position >= 0").set_index("image")
@@ -42,7 +42,7 @@ def training_table(run: Run) -> pd.DataFrame: # index image; study, position, pa
     check_no_leak(df.patient, df.fold)
     return df
 
-# %% ../nbs/04_train.ipynb #ff7a43b6
+# %% ../nbs/04_train.ipynb #2f245107
 class StackImages:
     "Images of memory-mapped stacks with their labels: `(int16 HU (1, h, w), float labels)`."
     def __init__(self, run: Run,        # from `core.start`
@@ -65,7 +65,7 @@ class StackImages:
         hu = torch.from_numpy(np.array(self.stack(study)[position])[None])
         return (hu,) if self.y is None else (hu, self.y[i])
 
-# %% ../nbs/04_train.ipynb #34875204
+# %% ../nbs/04_train.ipynb #3aca55fb
 class WeightedBCE(nn.Module):
     "Binary cross-entropy of logits, labels weighted as in the competition's score."
     def __init__(self, weights): # one a label
@@ -74,7 +74,7 @@ class WeightedBCE(nn.Module):
     def activation(self, logits): return logits.float().sigmoid()
     def decodes(self, logits): return (logits > 0).float()
 
-# %% ../nbs/04_train.ipynb #1850bcfa
+# %% ../nbs/04_train.ipynb #d6de5c7f
 class MakeInputs(Callback):
     "Turn a batch of HU into the network's channels on the device, augmented while training."
     order = -20
@@ -111,7 +111,7 @@ def precision_callbacks(device: str) -> list: # fp16 on a GPU, bfloat16 on a CPU
     fast = device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return [CPUBfloat16()] if fast else []
 
-# %% ../nbs/04_train.ipynb #d6ce4886
+# %% ../nbs/04_train.ipynb #47ce4c9e
 def make_dls(run: Run, train: pd.DataFrame, valid: pd.DataFrame, recipe: Recipe) -> DataLoaders:
     "Loaders over memory-mapped stacks: shuffled for training, in the order of the table for validation."
     workers = 0 if run.device == "cpu" else 4
@@ -128,7 +128,7 @@ def make_learner(run: Run, train: pd.DataFrame, valid: pd.DataFrame, recipe: Rec
     return Learner(make_dls(run, train, valid, recipe), model, loss_func=WeightedBCE(run.task.class_weights), opt_func=Adam, wd=recipe.weight_decay, path=path or run.models,
                    cbs=[MakeInputs(recipe), *precision_callbacks(run.device)])
 
-# %% ../nbs/04_train.ipynb #04126a35
+# %% ../nbs/04_train.ipynb #d6a5d65c
 def find_lr(learn: Learner) -> float: # the valley of fastai's finder
     "A peak learning rate from a hundred mock batches; the weights are put back."
     return float(learn.lr_find(num_it=min(100, 3*len(learn.dls.train)), show_plot=False).valley)
@@ -154,7 +154,7 @@ def fit_fold(run: Run, df: pd.DataFrame, fold: int, recipe: Recipe, folder) -> t
     oof = predict_table(run, df[df.fold == fold], [learn.model], recipe)
     return oof, dict(fold=fold, lr=lr, best_epoch=keep.at, best_valid_loss=keep.best, seconds=round(time.perf_counter() - began, 1))
 
-# %% ../nbs/04_train.ipynb #6dfdc808
+# %% ../nbs/04_train.ipynb #b0e049e7
 def compare(run: Run,             # from `core.start`
             truth: pd.DataFrame,  # index image; the labels, patient and brain_cm2
             predictions: dict,    # name -> DataFrame of probabilities
@@ -168,14 +168,14 @@ def compare(run: Run,             # from `core.start`
         rows.append(dict(model=name, log_loss=score, low=low, high=high, **{f"AUC {main}": rank_auc(y[main], p[main]) if both else np.nan, f"matched AUC {main}": matched_auc(y[main], p[main], strata)[0] if both else np.nan}))
     return pd.DataFrame(rows).set_index("model")
 
-# %% ../nbs/04_train.ipynb #8ef37c4c
+# %% ../nbs/04_train.ipynb #17a24056
 def fit(run: Run,               # from `core.start`
         recipe: Recipe = None,  # default: the recipe of the profile
        ) -> dict:               # the report; `folder` is where the models lie
     "Train the folds of a recipe. Out-of-fold predictions go to `predictions/oof_<name>.parquet`, the report beside the models."
     recipe = recipe or RECIPES[run.profile]
     df = training_table(run); folder = run.models/recipe.name
-    facts = dict(recipe=recipe.to_json(), seed=run.seed, data=fingerprint(df[["study", "position", "fold", *run.task.labels]]))
+    facts = dict(recipe=recipe.to_json(), seed=run.seed, data=fingerprint(df[["study", "position", "fold", *run.task.labels]]), stacks=load_json(run.data/"npy.json")["facts"])
     with stage(run, f"train_{recipe.name}", facts) as s:
         if s["done"] and (folder/"report.json").is_file(): return load_json(folder/"report.json") | dict(folder=str(folder))
         s["done"] = False
