@@ -6,7 +6,7 @@
 __all__ = ['ROOTS', 'PROFILES', 'find_platform', 'raw_candidates', 'find_raw', 'Run', 'find_device', 'seed_everything', 'writing',
            'save_parquet', 'save_json', 'load_json', 'fingerprint', 'stage', 'versions', 'start', 'short_path']
 
-# %% ../nbs/00_setup.ipynb #32d15c24
+# %% ../nbs/00_setup.ipynb #19ba96d4
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from filelock import FileLock
 from . import phantom
 from .tasks import Task, get_task
 
-# %% ../nbs/00_setup.ipynb #a6b14371
+# %% ../nbs/00_setup.ipynb #a77305a9
 def find_platform(env=None,       # environment, default `os.environ`
                  ) -> str:        # 'kaggle', 'colab' or 'local'
     "Name the platform from what it sets in the environment."
@@ -33,7 +33,7 @@ def find_platform(env=None,       # environment, default `os.environ`
     if "KAGGLE_KERNEL_RUN_TYPE" in env or "KAGGLE_URL_BASE" in env: return "kaggle"
     return "colab" if "COLAB_RELEASE_TAG" in env or "COLAB_GPU" in env else "local"
 
-# %% ../nbs/00_setup.ipynb #0386a364
+# %% ../nbs/00_setup.ipynb #86f9ee68
 ROOTS = {"kaggle": ["/kaggle/input"], "colab": ["/content", "/content/drive/MyDrive", "/content/drive/MyDrive/kaggle"], "local": []}
 
 def raw_candidates(task: Task,  # what is looked for
@@ -56,7 +56,7 @@ def find_raw(task: Task,   # what is looked for
         return raw.resolve()
     return next((c.resolve() for c in raw_candidates(task, roots) if not task.check_layout(c)), None)
 
-# %% ../nbs/00_setup.ipynb #7f13fdb1
+# %% ../nbs/00_setup.ipynb #412e030a
 @dataclass(frozen=True)
 class Run:
     "What a stage needs to know. Made by `start`."
@@ -80,7 +80,7 @@ class Run:
         f = self.raw.with_name(self.raw.name + "_truth.parquet")
         return pd.read_parquet(f).set_index("image") if self.phantom and f.is_file() else None
 
-# %% ../nbs/00_setup.ipynb #c7ee20ad
+# %% ../nbs/00_setup.ipynb #75da15b1
 def find_device() -> str: # 'cuda', 'mps' or 'cpu'
     "The best device that torch can use here."
     if torch.cuda.is_available(): return "cuda"
@@ -90,7 +90,7 @@ def seed_everything(seed: int): # seeds python, numpy and torch
     "Seed all that draws random numbers."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
-# %% ../nbs/00_setup.ipynb #f2895ef0
+# %% ../nbs/00_setup.ipynb #5bca6491
 @contextmanager
 def writing(path): # yields the path to write to; it takes the right name when the block ends well
     "Write a file beside its target and rename it at the end."
@@ -120,7 +120,7 @@ def fingerprint(*things) -> str: # 12 hex digits
     for t in things: h.update(pd.util.hash_pandas_object(t, index=True).to_numpy().tobytes() if isinstance(t, (pd.DataFrame, pd.Series, pd.Index)) else json.dumps(t, sort_keys=True, default=str).encode())
     return h.hexdigest()[:12]
 
-# %% ../nbs/00_setup.ipynb #2aa142ac
+# %% ../nbs/00_setup.ipynb #54cec650
 @contextmanager
 def stage(run: Run,     # the run
           name: str,    # name of the stage, e.g. 'npy'
@@ -135,7 +135,7 @@ def stage(run: Run,     # the run
         yield s
         if not s["done"]: save_json(dict(stage=name, facts=state, result=s["result"], versions=versions()), note)
 
-# %% ../nbs/00_setup.ipynb #cd96b16b
+# %% ../nbs/00_setup.ipynb #1e4d62ec
 def versions() -> dict: # name -> version of what matters
     "Versions of Python and of the libraries that shape a result."
     out = {"python": _platform.python_version()}
@@ -144,9 +144,9 @@ def versions() -> dict: # name -> version of what matters
         except metadata.PackageNotFoundError: out[p] = "not installed"
     return out
 
-# %% ../nbs/00_setup.ipynb #8bcd536a
+# %% ../nbs/00_setup.ipynb #7b09e728
 PROFILES = {"test":  dict(patients=dict(n_train=12, n_test=4),     stack_size=96),       # patients of the phantom, side of the stacks in pixels
-            "quick": dict(patients=dict(n_train=150, n_test=30),  stack_size=256),
+            "quick": dict(patients=dict(n_train=230, n_test=40),  stack_size=256),
             "full":  dict(patients=dict(n_train=500, n_test=100), stack_size=384)}
 
 def _home(platform: str) -> Path: # folder under which data/ and models/ lie
@@ -159,7 +159,7 @@ def _profile(profile, phantom_only: bool) -> str:
     if profile not in PROFILES: raise ValueError(f"profile {profile!r} is not known; wanted one of {', '.join(PROFILES)}")
     return profile
 
-# %% ../nbs/00_setup.ipynb #f08ec37d
+# %% ../nbs/00_setup.ipynb #aa6f5426
 def start(task=None,            # name of the task; default `hemorrhage`
           raw=None,             # folder with the competition's files; default: look for it, else build the phantom
           profile=None,         # 'quick' (minutes on a CPU), 'full' (the recipe that wins) or 'test'

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'log', 'Recipe', 'Windows', 'augment', 'Inputs', 'load_pretrained', 'read_weights', 'build_model',
            'save_model', 'load_model']
 
-# %% ../nbs/helpers/models.ipynb #388129a9
+# %% ../nbs/helpers/models.ipynb #c918c79a
 import json
 import logging
 import math
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-# %% ../nbs/helpers/models.ipynb #52430d65
+# %% ../nbs/helpers/models.ipynb #3f769025
 @dataclass(frozen=True)
 class Recipe:
     "How to train and how to predict. Saved as `recipe.json` beside the weights."
@@ -29,24 +29,24 @@ class Recipe:
     pretrained: bool = False        # start from ImageNet weights: a local folder, else the hub, else from scratch
     size: int = 128                 # side of the input in pixels
     windows: tuple = ((40, 80), (30, 40), (60, 40))     # (center, width) in HU, one channel each: brain, its darker and its brighter half
-    epochs: int = 18
+    epochs: int = 10
     batch_size: int = 32
     lr: float = 2e-3                # peak of one-cycle; None: found by `lr_find`
     weight_decay: float = .05
-    drop: float = 0.                # dropout before the last layer
+    drop: float = .1                # dropout before the last layer
     pool: str = "catavgmax"         # how the last map becomes a vector: the mean sees the head, the maximum finds a small bleed
     folds: tuple = (0,)             # which folds are trained
     n_folds: int = 5
-    rotate: float = 12.             # augmentation: degrees, either way
-    zoom: float = .12               # share, either way
+    rotate: float = 15.             # augmentation: degrees, either way
+    zoom: float = .15               # share, either way
     shift: float = .05              # share of the side, either way
     stretch: float = .05            # share, one axis against the other
     hu_shift: float = 5.            # HU, either way
     hu_gain: float = .10            # share, either way
     noise: float = 4.               # HU, up to
-    blur: float = .6                # pixels, sigma, up to
+    blur: float = .7                # pixels, sigma, up to
     export: float = .3              # share of pictures shown as if exported in a brain window: all outside is cut off
-    erase: float = 0.               # share of pictures with a patch of air
+    erase: float = .1               # share of pictures with a patch of air
     tta: tuple = ("as is", "flip")  # views that are averaged when predicting
 
     def to_json(self) -> dict: return asdict(self)
@@ -66,7 +66,7 @@ RECIPES = {r.name: r for r in [
            folds=(0, 1, 2, 3, 4), rotate=20., zoom=.2, shift=.08, export=.05, erase=.15),
 ]}
 
-# %% ../nbs/helpers/models.ipynb #ccffdb6a
+# %% ../nbs/helpers/models.ipynb #c51fb9ef
 class Windows(nn.Module):
     "HU (n, k, h, w) to channels (n, k * windows, h, w), each window scaled to -1..1."
     def __init__(self, windows): # (center, width) pairs in HU
@@ -78,7 +78,7 @@ class Windows(nn.Module):
         c, h = (v.to(hu.dtype).view(1, 1, -1, 1, 1) for v in (self.middle, self.reach))
         return ((hu.unsqueeze(2) - c)/h).clamp(-1, 1).flatten(1, 2)
 
-# %% ../nbs/helpers/models.ipynb #cdaab021
+# %% ../nbs/helpers/models.ipynb #940578c0
 def _uniform(n, low, high, like, generator=None): # n numbers between low and high on the device of `like`
     return (torch.rand(n, generator=generator).to(like.device))*(high - low) + low
 
@@ -97,7 +97,7 @@ def _blur(x, sigma): # (n, 1, h, w) with a sigma in pixels for each picture
     y = F.conv2d(F.pad(x.reshape(1, n*c, h, w), (2, 2, 2, 2), mode="replicate"), g.view(n*c, 1, 1, 5), groups=n*c)
     return F.conv2d(y, g.view(n*c, 1, 5, 1), groups=n*c).view(n, c, h, w)
 
-# %% ../nbs/helpers/models.ipynb #844273fd
+# %% ../nbs/helpers/models.ipynb #b6c42747
 def augment(hu,          # (n, c, h, w) float, HU
             r: Recipe,   # how much of each
            ):            # (n, c, size, size) float, HU
@@ -122,7 +122,7 @@ def _erase(x, r: Recipe): # a rectangle of air in a share of the pictures
     hole = ((yy - cy).abs() < sy/2) & ((xx - cx).abs() < sx/2) & (_uniform(n, 0, 1, x).view(-1, 1, 1, 1) < r.erase)
     return torch.where(hole, torch.full_like(x, -1000.), x)
 
-# %% ../nbs/helpers/models.ipynb #f2d59fcd
+# %% ../nbs/helpers/models.ipynb #e806cac3
 class Inputs(nn.Module):
     "int16 stacks to what a network takes: augmented while training, resized, windowed."
     def __init__(self, recipe: Recipe):
@@ -134,7 +134,7 @@ class Inputs(nn.Module):
         else: x = hu if hu.shape[-1] == self.recipe.size else F.interpolate(hu, size=(self.recipe.size,)*2, mode="area")
         return self.windows(x.flip(-1) if view == "flip" else x)
 
-# %% ../nbs/helpers/models.ipynb #4a6a1882
+# %% ../nbs/helpers/models.ipynb #0caa2faa
 log = logging.getLogger("rsna_helpers")
 
 def load_pretrained(model: nn.Module,  # a timm model
@@ -157,7 +157,7 @@ def load_pretrained(model: nn.Module,  # a timm model
     model.load_state_dict(fits, strict=False); print(f"{backbone}: {len(fits)} of {len(own)} tensors from the {source}")
     return source
 
-# %% ../nbs/helpers/models.ipynb #ff39cd08
+# %% ../nbs/helpers/models.ipynb #07e4bd86
 def read_weights(file) -> dict: # tensors by name
     "A safetensors file. Raises `ValueError` that names a file that is missing or damaged."
     if not Path(file).is_file(): raise FileNotFoundError(f"{file}: there is no such file of weights")
@@ -174,7 +174,7 @@ def build_model(recipe: Recipe,   # backbone, size, dropout
     if recipe.pretrained: load_pretrained(model, recipe.backbone, pretrained or ".")
     return model
 
-# %% ../nbs/helpers/models.ipynb #1c5783c6
+# %% ../nbs/helpers/models.ipynb #e374a71e
 def save_model(folder,            # folder of the model
                fold: int,         # number of the fold
                model: nn.Module, recipe: Recipe,
