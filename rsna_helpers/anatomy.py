@@ -202,7 +202,7 @@ def sample_head(rng,                    # numpy Generator
     u, n = rng.uniform, rng.normal
     g = SimpleNamespace(age=u(0, 1)**.75)                   # 0 young and tight, 1 old and shrunken
     for part in (_sample_skull, _sample_brain, _sample_dense, _sample_rest): part(g, u, n)
-    g.gm = g.wm + n(10.5, 1.5); g.nuclei = g.wm + n(6.5, 1.3)
+    g.gm = g.wm + n(11.5, 1.8); g.nuclei = g.wm + n(6.5, 1.3)
     g.bumps = []; g.infarcts = []
     for _ in range(rng.integers(1, 3) if u() < .25 else 0):                                  # swellings: point, height, width
         g.bumps.append((surface_point(g, (u(-1, 1), u(-1, 1), u(0, 1))).tolist(), u(2, 10), u(10, 28)))
@@ -233,7 +233,7 @@ def _sample_dense(g, u, n):
 
 def _sample_rest(g, u, n):
     g.wmd = u() < .15 + .6*g.age**2; g.wmd_hu = u(5, 13)                                     # white matter disease
-    g.cup = u(.0, 7); g.cup_len = u(3, 8)                                                    # beam hardening under the bone
+    g.cup = u(0, 14); g.cup_len = u(3, 14)                                                   # beam hardening under the bone
     g.frontal = u(0, 1); g.mastoid = u(.3, 1); g.full_sinus = u() < .25
 
 def _sample_infarct(rng):

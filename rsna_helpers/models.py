@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'log', 'Recipe', 'Windows', 'augment', 'Inputs', 'load_pretrained', 'read_weights', 'build_model',
            'save_model', 'load_model']
 
-# %% ../nbs/helpers/models.ipynb #c918c79a
+# %% ../nbs/helpers/models.ipynb #970fbed5
 import json
 import logging
 import math
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-# %% ../nbs/helpers/models.ipynb #3f769025
+# %% ../nbs/helpers/models.ipynb #95d3402e
 @dataclass(frozen=True)
 class Recipe:
     "How to train and how to predict. Saved as `recipe.json` beside the weights."
@@ -43,6 +43,7 @@ class Recipe:
     stretch: float = .05            # share, one axis against the other
     hu_shift: float = 5.            # HU, either way
     hu_gain: float = .10            # share, either way
+    shade: float = 6.               # HU, up to: slow changes of brightness over the picture, as beam hardening makes them
     noise: float = 4.               # HU, up to
     blur: float = .7                # pixels, sigma, up to
     export: float = .3              # share of pictures shown as if exported in a brain window: all outside is cut off
@@ -66,7 +67,7 @@ RECIPES = {r.name: r for r in [
            folds=(0, 1, 2, 3, 4), rotate=20., zoom=.2, shift=.08, export=.05, erase=.15),
 ]}
 
-# %% ../nbs/helpers/models.ipynb #c51fb9ef
+# %% ../nbs/helpers/models.ipynb #9bb44158
 class Windows(nn.Module):
     "HU (n, k, h, w) to channels (n, k * windows, h, w), each window scaled to -1..1."
     def __init__(self, windows): # (center, width) pairs in HU
@@ -78,7 +79,7 @@ class Windows(nn.Module):
         c, h = (v.to(hu.dtype).view(1, 1, -1, 1, 1) for v in (self.middle, self.reach))
         return ((hu.unsqueeze(2) - c)/h).clamp(-1, 1).flatten(1, 2)
 
-# %% ../nbs/helpers/models.ipynb #940578c0
+# %% ../nbs/helpers/models.ipynb #bef6e344
 def _uniform(n, low, high, like, generator=None): # n numbers between low and high on the device of `like`
     return (torch.rand(n, generator=generator).to(like.device))*(high - low) + low
 
@@ -97,7 +98,7 @@ def _blur(x, sigma): # (n, 1, h, w) with a sigma in pixels for each picture
     y = F.conv2d(F.pad(x.reshape(1, n*c, h, w), (2, 2, 2, 2), mode="replicate"), g.view(n*c, 1, 1, 5), groups=n*c)
     return F.conv2d(y, g.view(n*c, 1, 5, 1), groups=n*c).view(n, c, h, w)
 
-# %% ../nbs/helpers/models.ipynb #b6c42747
+# %% ../nbs/helpers/models.ipynb #16114d97
 def augment(hu,          # (n, c, h, w) float, HU
             r: Recipe,   # how much of each
            ):            # (n, c, size, size) float, HU
@@ -109,6 +110,8 @@ def augment(hu,          # (n, c, h, w) float, HU
     col = lambda low, high: _uniform(n, low, high, x).view(-1, 1, 1, 1)
     x = torch.where(col(0, 1) < .5, x, _blur(x, _uniform(n, .3, max(r.blur, .31), x)))
     x = x*(1 + col(-r.hu_gain, r.hu_gain)) + col(-r.hu_shift, r.hu_shift)
+    slow = F.interpolate(torch.randn(n, 1, 4, 4).to(x.device), size=x.shape[2:], mode="bicubic", align_corners=False)
+    x = torch.where(x > -500, x + slow*col(0, 1)*r.shade, x)                           # air stays air
     x = x + torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device)*col(0, 1)**2*r.noise
     center, width = col(32, 48), col(70, 110)
     shown = ((x - center)/width + .5).clamp(0, 1)**torch.exp(col(-.25, .25))*80    # with the gamma of some screen, and read back as if it had been 0..80 HU
@@ -122,7 +125,7 @@ def _erase(x, r: Recipe): # a rectangle of air in a share of the pictures
     hole = ((yy - cy).abs() < sy/2) & ((xx - cx).abs() < sx/2) & (_uniform(n, 0, 1, x).view(-1, 1, 1, 1) < r.erase)
     return torch.where(hole, torch.full_like(x, -1000.), x)
 
-# %% ../nbs/helpers/models.ipynb #e806cac3
+# %% ../nbs/helpers/models.ipynb #527bfe89
 class Inputs(nn.Module):
     "int16 stacks to what a network takes: augmented while training, resized, windowed."
     def __init__(self, recipe: Recipe):
@@ -134,7 +137,7 @@ class Inputs(nn.Module):
         else: x = hu if hu.shape[-1] == self.recipe.size else F.interpolate(hu, size=(self.recipe.size,)*2, mode="area")
         return self.windows(x.flip(-1) if view == "flip" else x)
 
-# %% ../nbs/helpers/models.ipynb #0caa2faa
+# %% ../nbs/helpers/models.ipynb #240253a6
 log = logging.getLogger("rsna_helpers")
 
 def load_pretrained(model: nn.Module,  # a timm model
@@ -157,7 +160,7 @@ def load_pretrained(model: nn.Module,  # a timm model
     model.load_state_dict(fits, strict=False); print(f"{backbone}: {len(fits)} of {len(own)} tensors from the {source}")
     return source
 
-# %% ../nbs/helpers/models.ipynb #07e4bd86
+# %% ../nbs/helpers/models.ipynb #69189993
 def read_weights(file) -> dict: # tensors by name
     "A safetensors file. Raises `ValueError` that names a file that is missing or damaged."
     if not Path(file).is_file(): raise FileNotFoundError(f"{file}: there is no such file of weights")
@@ -174,7 +177,7 @@ def build_model(recipe: Recipe,   # backbone, size, dropout
     if recipe.pretrained: load_pretrained(model, recipe.backbone, pretrained or ".")
     return model
 
-# %% ../nbs/helpers/models.ipynb #e374a71e
+# %% ../nbs/helpers/models.ipynb #e10bef49
 def save_model(folder,            # folder of the model
                fold: int,         # number of the fold
                model: nn.Module, recipe: Recipe,
