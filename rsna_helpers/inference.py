@@ -106,7 +106,7 @@ def submit(run: Run,           # from `core.start`
     "Predict the test set and write a checked `submission.csv`, with its report beside it."
     folder = folder or fit(run)["folder"]; expected = run.task.expected_ids(run.raw)
     p, index = predict(run, folder=folder, with_index=True)
-    asked = fill_in(p, index.error, expected, load_model(folder)[2]["prior"])                # ids that have no file are wanted too
+    asked = fill_in(p, index.error, expected, load_json(Path(folder)/"recipe.json")["prior"])    # ids that have no file are wanted too
     path = submission_path(run)
     run.task.write_submission(asked, path, expected); run.task.check_submission(path, expected)
     filled = p.attrs["filled"] | asked.attrs.pop("filled"); save_parquet(asked, run.data/"predictions"/"test.parquet")

@@ -17,7 +17,6 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from . import dicom
 from .core import Run, fingerprint, save_parquet, stage, writing
 from .dicom import AIR, DicomError
 from .eda import prepare_tables

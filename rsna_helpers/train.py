@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import SuggestionMethod  # importing the module gives Learner fit_one_cycle and lr_find
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -29,7 +29,7 @@ from .baselines import baselines
 from .core import Run, fingerprint, load_json, save_json, save_parquet, seed_everything, stage, versions
 from .eda import prepare_tables
 from .metrics import class_report, matched_auc, position_strata, rank_auc, score_interval
-from .models import RECIPES, Inputs, Recipe, build_model, load_model, save_model
+from .models import RECIPES, Inputs, Recipe, build_model, save_model
 from .npy import load_index, load_stack
 from .validation import check_no_leak, create_folds
 

@@ -433,13 +433,18 @@ def test_window_is_the_standards():
 
 # ---------- compressed streams and real files
 
-def test_rle(file, capfd):
-    path = file()
+def to_rle(path):
+    "Compress a file in place."
     ds = pydicom.dcmread(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ds.compress(pydicom.uid.RLELossless)
         ds.save_as(path)
+
+
+def test_rle(file, capfd):
+    path = file()
+    to_rle(path)
     hu, h = read_image(path)
     assert np.array_equal(hu, HEAD) and h["TransferSyntaxUID"] == "1.2.840.10008.1.2.5"
     data, rng = np.frombuffer(path.read_bytes(), "uint8"), np.random.default_rng(3)
@@ -455,11 +460,7 @@ def test_rle(file, capfd):
 
 def test_decoder_death_costs_one_file(file, monkeypatch):
     path = file()
-    ds = pydicom.dcmread(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ds.compress(pydicom.uid.RLELossless)
-        ds.save_as(path)
+    to_rle(path)
     dicom._decoder().stop()
     with monkeypatch.context() as m:
         m.setattr(dicom, "_HELPER", "import os; os.read(0, 8); os.abort()")
