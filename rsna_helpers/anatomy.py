@@ -227,13 +227,16 @@ def _sample_brain(g, u, n):
     g.falx = u(35, 60); g.falx_width = u(.5, 1.1); g.sinus = u(45, 64); g.tent = u(38, 58)
 
 def _sample_dense(g, u, n):
-    g.pineal = u() < .7; g.pineal_hu = u(60, 320)
-    g.choroid = u() < .72; g.choroid_hu = u(60, 420); g.choroid_r = u(1.5, 5)
-    g.falx_calc = u() < .22; g.bg_calc = u() < .14; g.carotid = u() < .4; g.dense_sinus = u() < .12; g.basilar = u(38, 62)
+    g.pineal = [((n(0, 1), 22 + n(0, 2.5), 6 + n(0, 2)), u(1, 3.8), u(60, 60 + 500*u())) for _ in range(int(u(1, 3.5)))] if u() < .75 else []
+    g.choroid = [(s, u(1.3, 5.5), u(1.3, 2.6), u(-.1, .6), u(60, 60 + 800*u())) for s in (-1, 1) if u() < .85] if u() < .8 else []
+    g.falx_calc = u(80, 500) if u() < .3 else 0; g.dense_sinus = u() < .15; g.basilar = u(36, 64)
+    g.bg_calc = (u(50, 150), u(.55, 1.5), u(-9, 4)) if u() < .26 else None                   # HU, size, mm behind the middle
+    g.carotid = u(150, 600) if u() < .45 else 0
+    g.specks = [((n(0, 30), n(0, 32), u(-15, 50)), u(.8, 2.4), u(70, 400)) for _ in range(int(u(1, 4)))] if u() < .18 else []   # old granulomas and the like
 
 def _sample_rest(g, u, n):
     g.wmd = u() < .15 + .6*g.age**2; g.wmd_hu = u(5, 13)                                     # white matter disease
-    g.cup = u(0, 14); g.cup_len = u(3, 14)                                                   # beam hardening under the bone
+    g.cup = 20*u()**1.5; g.cup_len = u(3, 16)                                                  # beam hardening under the bone
     g.frontal = u(0, 1); g.mastoid = u(.3, 1); g.full_sinus = u() < .25
 
 def _sample_infarct(rng):
@@ -578,14 +581,18 @@ def paint_ventricles(g, p):     # the part of the layer that holds them, with `c
 # %% ../nbs/helpers/anatomy.ipynb #bbb63943
 def paint_calcium(g, p):
     "Choroid plexus, pineal gland, basal ganglia, walls of the carotids; and the arteries at the base."
-    for s, q in p.sides((10, 32), (20, 52), (-2, 22)) if g.choroid else ():
-        sd = ellipsoid(q.ox*s, q.oy, q.oz, (21, 36, 10), (g.choroid_r, g.choroid_r*1.6, g.choroid_r*1.1)) + .9*q.noise.rough(0)
-        paint(q.hu, inside(sd, 1.5)*np.clip(.6 + .4*q.noise.rough(2), .1, 1), g.choroid_hu)
-    if g.pineal and (q := p.around((0, 22, 6), 8)):
-        paint(q.hu, inside(ellipsoid(q.ox, q.oy, q.oz, (0, 22, 6), (2.2, 2.6, 2.2)) + .5*q.noise.rough(0), 1.5), g.pineal_hu)
-    for s, q in p.sides((10, 28), (-23, 15), (-11, 15)) if g.bg_calc else ():
-        paint(q.hu, inside(ellipsoid(q.oax, q.oy, q.oz, (19, -4, 2), (2.5, 6, 4)) + 1.2*q.noise.rough(0), 3)*.6, 75)
-    rods = [((11, -8, -26), (12, -14, -22), 1.6, 1.4, 350)] if g.carotid else []
+    for side, r, long, turn, hu in g.choroid:                   # a comma in each atrium, lengthwise
+        if q := p.around((side*21, 36, 10), (16, 20, 14)):
+            x, y = q.ox*side - 21, q.oy - 36
+            sd = ellipsoid(x - turn*y + .02*y*y, y, q.oz, (0, 0, 10), (r, r*long, r*1.1)) + .9*q.noise.rough(0)
+            paint(q.hu, inside(sd, 1.5)*np.clip(.75 + .4*q.noise.rough(2), .1, 1), hu)
+    for c, r, hu in [*g.pineal, *g.specks]:
+        if q := p.around(c, r + 4): paint(q.hu, inside(ellipsoid(q.ox, q.oy, q.oz, c, (r, 1.2*r, r)) + .5*q.noise.rough(0), 1.5)*(q.pia > 1), hu)
+    if g.bg_calc:
+        hu, k, back = g.bg_calc
+        for s, q in p.sides((6, 32), (-27, 20), (-15, 19)):
+            paint(q.hu, inside(ellipsoid(q.oax, q.oy, q.oz, (19, back, 2), (2.6*k, 6*k, 4*k)) + 1.2*q.noise.rough(0), 3)*np.clip(.6 + .3*q.noise.rough(5), .1, 1), hu)
+    rods = [((11, -8, -26), (12, -14, -22), 1.6, 1.4, g.carotid)] if g.carotid else []
     rods += [((0, -3, -42), (0, -5, -16), 1.6, 1.4, g.basilar), ((10, -10, -15), (36, -12, -11), 1.2, 1, g.basilar - 4)]
     for a, b, ra, rb, hu in rods:
         if q := p.near((-b[0]-3, b[0]+3), *((min(v) - 3, max(v) + 3) for v in list(zip(a, b))[1:])):
@@ -608,7 +615,7 @@ def _falx(g, p):
     free = smoothstep(-2, 4, ellipsoid(p.x, p.y, p.z, (0, -6, 2), (60, 54 - 8*g.age, 32)))
     p.falx[...] = free*smoothstep(-14, -6, p.z)*(1-p.infra)
     paint(p.hu, inside(sd, 1.1)*p.falx, g.falx)
-    if g.falx_calc: paint(p.hu, inside(sd - .9, 1.1)*p.falx*smoothstep(1.1, 1.6, p.noise.low(4)), 190)
+    if g.falx_calc: paint(p.hu, inside(sd - .9, 1.1)*p.falx*smoothstep(1.1, 1.6, p.noise.low(4)), g.falx_calc)
 
 def _tentorium(g, p, sinus):
     edge = p.y - (8 + .45*p.ax)

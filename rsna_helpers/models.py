@@ -27,9 +27,11 @@ class Recipe:
     name: str = "quick"             # folder of the model
     backbone: str = "resnet10t"     # any name of `timm.list_models()`
     pretrained: bool = False        # start from ImageNet weights: a local folder, else the hub, else from scratch
-    size: int = 128                 # side of the input in pixels
+    size: int = 160                 # side of the input in pixels
+    grow: tuple = ((.3, 96), (.7, 128)) # smaller sides to begin with, each up to a share of the epochs: small pictures teach the rough things in less time
+    keep_empty: float = .2          # share of the training images with hardly any brain that is used
     windows: tuple = ((40, 80), (30, 40), (60, 40))     # (center, width) in HU, one channel each: brain, its darker and its brighter half
-    epochs: int = 10
+    epochs: int = 13
     batch_size: int = 32
     lr: float = 2e-3                # peak of one-cycle; None: found by `lr_find`
     weight_decay: float = .05
@@ -50,6 +52,10 @@ class Recipe:
     erase: float = .1               # share of pictures with a patch of air
     tta: tuple = ("as is", "flip")  # views that are averaged when predicting
 
+    def side(self, epoch: int) -> int: # side of the input in an epoch, pixels
+        "Grown by `grow`; the last epoch always has the full `size`."
+        return next((s for share, s in self.grow if epoch + 1 <= share*self.epochs and epoch + 1 < self.epochs), self.size)
+
     def to_json(self) -> dict: return asdict(self)
 
     @classmethod
@@ -61,9 +67,9 @@ class Recipe:
         return cls(**{k: tup(v) for k, v in d.items()})
 
 RECIPES = {r.name: r for r in [
-    Recipe("test", backbone="test_resnet", size=64, epochs=1, lr=3e-3),
+    Recipe("test", backbone="test_resnet", size=64, grow=(), keep_empty=1., epochs=1, lr=3e-3),
     Recipe("quick"),
-    Recipe("full", backbone="tf_efficientnetv2_s.in21k_ft_in1k", pretrained=True, size=384, windows=((40, 80), (80, 200), (600, 2800)), epochs=6, batch_size=64, lr=8e-4, drop=.2,
+    Recipe("full", backbone="tf_efficientnetv2_s.in21k_ft_in1k", pretrained=True, size=384, grow=(), keep_empty=1., windows=((40, 80), (80, 200), (600, 2800)), epochs=6, batch_size=64, lr=8e-4, drop=.2,
            folds=(0, 1, 2, 3, 4), rotate=20., zoom=.2, shift=.08, export=.05, erase=.15),
 ]}
 

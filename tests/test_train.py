@@ -105,3 +105,30 @@ def test_recipes_are_known_to_timm_and_come_back_from_json():
     import json, timm
     for r in RECIPES.values():
         assert timm.is_model(r.backbone.split(".")[0]) and Recipe.from_json(json.loads(json.dumps(r.to_json()))) == r
+
+
+def test_only_slices_without_brain_are_thinned_out(table):
+    empty = table.brain_cm2 < train.EMPTY
+    some = train.thin_out(table, .25, seed=3)
+    assert empty.sum() > 20 and some.index.tolist() == [i for i in table.index if i in set(some.index)]
+    assert set(table.index[~empty]) <= set(some.index) and empty[some.index].sum() == round(.25*empty.sum())
+    assert some.index.equals(train.thin_out(table, .25, seed=3).index) and not some.index.equals(train.thin_out(table, .25, seed=4).index)
+    assert train.thin_out(table, 1., seed=3).index.equals(table.index) and not (train.thin_out(table, 0., seed=3).brain_cm2 < train.EMPTY).any()
+
+
+def test_thinned_out_slices_are_still_scored(run, table, tmp_path):
+    oof, note = train.fit_fold(run, table, 0, replace(TINY, keep_empty=0.), tmp_path)
+    assert oof.index.tolist() == table.index[table.fold == 0].tolist()
+    assert note["empty_left_out"] == ((table.fold != 0) & (table.brain_cm2 < train.EMPTY)).sum() and note["images"] == (table.fold != 0).sum() - note["empty_left_out"]
+
+
+def test_small_pictures_first_and_never_kept(run, table, tmp_path):
+    "The sides that the network met, epoch by epoch; the kept epoch is one of full size, however good the others were."
+    recipe = replace(TINY, epochs=4, grow=((.3, 16), (.6, 24)), lr=1e-6); seen = []
+    class Sides(train.Callback):
+        order = 0
+        def before_batch(self): seen.append((self.epoch, self.xb[0].shape[-1]))
+    few = pd.concat([table[table.fold != 0][::6], table[table.fold == 0][::6]])
+    learn = train.make_learner(run, few[few.fold != 0], few[few.fold == 0], recipe, path=tmp_path); keep = train.KeepBest(recipe)
+    learn.fit_one_cycle(4, recipe.lr, cbs=[keep, Sides()])
+    assert sorted(set(seen)) == [(0, 16), (1, 24), (2, 32), (3, 32)] and keep.at >= 2
