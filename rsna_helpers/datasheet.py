@@ -24,7 +24,7 @@ from .explain import body_box, data_uri, thumbnail
 _LITTLE = ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"]
 
 def _odd_errors(h): # (what, names, what becomes of it): one row a kind of failure, numbers and names aside
-    bad = h[h.error.notna()]; kind = bad.error.str.replace(r"\d[\d.]*", "#", regex=True).str.slice(0, 80)
+    bad = h[h.error.notna()]; kind = bad.error.astype(str).str.replace(r"\d[\d.]*", "#", regex=True).str.slice(0, 80)
     yield "files not readable, by their header or size", bad.image, "left out with a reason; at inference a prior is filled in"
     for k in kind.value_counts().index[:6]: yield f"files not readable because of: {k}", bad.image[kind == k], "as above"
 
