@@ -93,9 +93,9 @@ def _sweep(folder): # what dead workers left
     for pattern in (".*.part", ".*.reading", f"{NOTES}/.*.part"):
         for p in folder.glob(pattern): p.unlink(missing_ok=True)
 
-# %% ../nbs/02_create_npy.ipynb #ce35e6a4
+# %% ../nbs/02_create_npy.ipynb #10586541
 def _make(todo, plan, folder, job, n_jobs, client, bar):
-    args = lambda n: (n, plan.rows(n), folder, *job, plan.mark[n], INDEX)
+    args = lambda n: (n, plan.rows(n), folder, *job, plan.mark[n], INDEX, None if client else os.getpid())
     while todo:
         left = run_dask(write_study, todo, args, client, bar.update) if client else run_local(write_study, todo, args, n_jobs, lambda _: bar.update())
         left = [n for n in left if not note_path(folder, n).is_file()]
@@ -114,13 +114,13 @@ def _gather(plan, folder, kept) -> pd.DataFrame: # the index, from notes and fro
         parts.append(_finish({c: [v for n in notes for v in n[c]] for c in INDEX}))
     return pd.concat(parts or [_finish([])]).sort_values("study", kind="stable", ignore_index=True)
 
-# %% ../nbs/02_create_npy.ipynb #a588ecb8
+# %% ../nbs/02_create_npy.ipynb #18c61b6e
 def convert(headers: pd.DataFrame,   # from `dicom.header_table`, with columns split and path
             folder,                  # where the stacks go
             read,                    # path -> (HU, header)
             size: int = 256,         # side of the stacks in pixels
             crop: bool = True,       # cut to the head?
-            n_jobs: int = None,      # processes; all cores by default
+            n_jobs: int = None,      # processes; all cores by default; 1: this process, which a decoder that crashes would end
             progress: bool = True,   # say what is done?
             *, cluster=None,         # address ('tcp://host:8786') or client of a Dask cluster, in place of processes
             root="",                 # folder that `path` is relative to
@@ -204,11 +204,11 @@ def load_stack(run,            # from `core.start`, or a folder of stacks
     if not path.is_file(): raise FileNotFoundError(f"there is no stack of study {study!r} in {path.parent}; run create_npy, or see the index for why it was left out")
     return open_stack(path)
 
-# %% ../nbs/02_create_npy.ipynb #deac5e10
+# %% ../nbs/02_create_npy.ipynb #fed28150
 def oddities(index: pd.DataFrame,  # from `create_npy` or `convert_folder`
             ) -> pd.DataFrame:     # what -> kind, images, studies, an example
     "All that is out of the ordinary: flags, repairs and failures, counted."
-    parts = [("flag", index.notes.str.split(";").explode().str.strip().replace("", None)), ("repaired", index.repaired), ("not read", index.error)]
+    parts = [("flag", (f := index.notes.str.split(";").explode().str.strip())[f != ""]), ("repaired", index.repaired), ("not read", index.error)]
     t = pd.concat([s.dropna().rename("what").to_frame().assign(kind=k) for k, s in parts]).join(index[["image", "study"]])
     t["what"] = t.what.str.replace(r"\d+ ?%", "x%", regex=True).str.replace(r"\d+ of \d+ bytes", "x of y bytes", regex=True)
     return t.groupby(["kind", "what"]).agg(images=("image", "size"), studies=("study", "nunique"), example=("image", "first")).sort_values(["kind", "images"], ascending=[True, False])

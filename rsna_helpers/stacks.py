@@ -168,7 +168,7 @@ def _study_keys(headers):  # what says to which study an image belongs
         key[picture] = folder.map(lambda f: os.path.relpath(f, root) if f != root else os.path.basename(root))
     return key
 
-# %% ../nbs/helpers/stacks.ipynb #91768386
+# %% ../nbs/helpers/stacks.ipynb #63d54bab
 def group_stacks(headers: pd.DataFrame,  # from `dicom.header_table`
                 ) -> pd.DataFrame:       # index of `headers`; columns `stack` (its name) and `notes`
     "Group images to stacks by study, series and orientation. The largest has the name of the study; a broken file goes with it."
@@ -177,7 +177,7 @@ def group_stacks(headers: pd.DataFrame,  # from `dicom.header_table`
     good = headers.error.isna().to_numpy(); ori = headers[_ORI].to_numpy(float)
     t["plane"] = 0; t.loc[good, "plane"] = _planes(t[good].groupby(["key", "series"]).ngroup(), ori[good])
     t["kind"] = -1; by = ["name", "key", "series", "plane"]; t.loc[good, "kind"] = t[good].groupby(by).ngroup()
-    kinds = t[good].assign(row=np.flatnonzero(good)).groupby("kind").agg(n=("kind", "size"), row=("row", "first"), **{b: (b, "first") for b in by})
+    kinds = t[good].assign(row=np.flatnonzero(good)).groupby("kind").agg(n=("row", "size"), row=("row", "first"), **{b: (b, "first") for b in by})
     kinds = kinds.sort_values(["name", "n", "key", "series", "plane"], ascending=[True, False, True, True, True])
     kinds["stack"], kinds["notes"] = _name_kinds(kinds, ori)
     out = t[["kind"]].join(kinds[["stack", "notes"]], on="kind").set_index(headers.index)
@@ -201,15 +201,15 @@ def assign_studies(headers: pd.DataFrame,  # from `dicom.header_table`
     "The stack of each image, see `group_stacks`."
     return group_stacks(headers)["stack"]
 
-# %% ../nbs/helpers/stacks.ipynb #a9ddc38c
+# %% ../nbs/helpers/stacks.ipynb #69ed6c0c
 def sort_slices(rows: pd.DataFrame,  # header rows
                 by: str = None,      # column that names the stack; default: all rows are one
                ) -> pd.DataFrame:    # the same in order, with `z` as number and `notes`
     "Sort along the slice normal, stack by stack; flag what shares a place or has none."
     rows = rows.assign(z=rows.z.astype(float), _b=rows[by] if by else 0, _i=pd.to_numeric(rows.instance, errors="coerce").fillna(np.inf),
                        _n=rows.image.astype(str).str.replace(r"\d+", lambda m: m[0].zfill(12), regex=True))
-    rows = rows.sort_values(["_b", "z", "_i", "_n", "image"], kind="stable"); none = rows.z.isna()
-    same = rows.assign(z=rows.z.round(3)).duplicated(["_b", "z"], keep=False) & ~none
+    rows = rows.sort_values(["_b", "z", "_i", "_n", "image"], kind="stable"); none = rows.z.isna() & rows.error.isna()
+    same = rows.assign(z=rows.z.round(3)).duplicated(["_b", "z"], keep=False) & rows.z.notna()
     old = rows.notes if "notes" in rows else ""
     return rows.assign(notes=old + same.map({True: "same z;", False: ""}) + none.map({True: "no position;", False: ""})).drop(columns=["_b", "_i", "_n"])
 
@@ -248,13 +248,13 @@ class Layout:
     @property
     def levels(self): return make_levels({n: (c, w) for n, c, w in self.windows} or None) if self.store == "uint8" else None
 
-# %% ../nbs/helpers/stacks.ipynb #9be7c878
+# %% ../nbs/helpers/stacks.ipynb #0d18670f
 def _read_slice(row, read):  # (int16 HU, notes, what was repaired, value of air); or (None, cause, None, None) where it cannot be read
     file = row.get("file", row["path"])
     try: hu, header = read(file)
     except DicomError as e:
         folder = os.path.dirname(file)
-        if folder and not os.path.isdir(folder): raise FileNotFoundError(errno.ENOENT, "the folder of the images is gone", folder) from e
+        if isinstance(e.__cause__, OSError) and not (os.path.isdir(folder or ".") and any(os.scandir(folder or "."))): raise FileNotFoundError(errno.ENOENT, "the folder of the images is gone", folder) from e
         return None, e.cause, None, None
     grey = header.get("format") in ("png", "jpeg") and hu.dtype.kind == "u"
     air = 0 if grey else AIR if header.get("Modality") in (None, "CT") else max(int(hu.min()), -32768)
@@ -339,7 +339,7 @@ def stack_study(rows: pd.DataFrame,   # header rows of one study
     index = stream_study(good, read, lambda hu: stack.__setitem__(next(n), hu), Layout(size, crop, **options))
     return stack[:sum(r["error"] is None or r["error"] != r["error"] for r in index)], index + rows[rows.error.notna()].to_dict("records")
 
-# %% ../nbs/helpers/stacks.ipynb #5368c088
+# %% ../nbs/helpers/stacks.ipynb #ed87dd44
 NOTES = ".notes"   # folder of the notes
 
 def note_path(folder, name: str) -> Path: return Path(folder)/NOTES/f"{name}.json" # where the note of a stack lies
@@ -357,6 +357,7 @@ def write_study(name: str,        # of the stack
                 layout: Layout,
                 mark: str,        # what the stack is made from, in short
                 index: list,      # columns of the index
+                owner: int = None,    # process that asked; where it is gone, another run may be at work and nothing is written
                 deadly: dict = None,  # path -> cause: files that ended a worker; given, the study is read with care
                ) -> str:          # the name
     "Convert one study. The index rows go to a note."
@@ -367,7 +368,9 @@ def write_study(name: str,        # of the stack
     if deadly is not None: read = _with_care(read, diary, deadly)
     cv2.setNumThreads(1)                                     # one core a worker
     try:
-        with StackFile(folder/f"{name}.npy", len(good), layout.size, layout.levels) as f: made = stream_study(good, read, f.append, layout) + bad
+        with StackFile(folder/f"{name}.npy", len(good), layout.size, layout.levels) as f:
+            made = stream_study(good, read, f.append, layout) + bad
+            if owner not in (None, os.getpid(), os.getppid()): raise SystemExit(f"process {owner}, which asked for {name}, is gone")
     finally: cv2.setNumThreads(threads)
     _write_note(note_path(folder, name), dict(mark=mark, rows={c: [r.get(c) for r in made] for c in index})); diary.unlink(missing_ok=True)
     return name

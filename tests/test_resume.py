@@ -58,10 +58,11 @@ def run_to_the_end(d, out): # in this process
 def reads(out): return Path(str(out) + ".log").read_text().splitlines() if Path(str(out) + ".log").exists() else []
 
 
-def kill_after(d, out, n, n_jobs): # -9 to all its processes as soon as `n` more files were read
+def kill_after(d, out, n, n_jobs, all_of_it=True): # -9 to all its processes, or to the first alone, as soon as `n` more files were read
     n += len(reads(out)); p = subprocess.Popen(command(d, out, pause=.01, n_jobs=n_jobs), start_new_session=True, stderr=subprocess.DEVNULL)
     while len(reads(out)) < n and p.poll() is None: time.sleep(.002)
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    os.killpg(p.pid, signal.SIGKILL) if all_of_it else p.kill()
+    p.wait(); return p.pid
 
 
 @pytest.mark.parametrize("seed,n_jobs", [(0, 1), (1, 2)])
@@ -79,6 +80,19 @@ def test_killed_twice_at_any_moment(job, tmp_path, seed, n_jobs):
     assert not finished & set(again) and set(again) == {f"s{k}" for k in range(STUDIES)} - finished and len(again) == SLICES*(STUDIES - len(finished))
     before = len(reads(out)); run_to_the_end(d, out); assert len(reads(out)) == before                     # nothing is left to do
     assert not [p for p in out.rglob("*") if p.name.endswith((".part", ".reading"))]
+
+
+def test_workers_that_outlive_the_run_do_no_harm(job, tmp_path):
+    "The main process alone is killed; its workers are still at it when the next run, of another size, begins."
+    d, whole = job; out = tmp_path/"npy"; group = kill_after(d, out, 9, 2, all_of_it=False)
+    try:
+        t = pd.read_parquet(d/"table.parquet"); space = {"__name__": "script", "LOG": str(out) + ".log", "PAUSE": .02}; exec(SCRIPT, space)
+        npy.convert(t, out, space["read"], size=16, n_jobs=1, progress=False)
+        assert {npy.load_stack(out, s).shape for s in t.study.unique()} == {(SLICES, 16, 16)}
+        run_to_the_end(d, out); assert files(out) == whole
+    finally:
+        try: os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError: pass
 
 
 class Killed(BaseException): "Not an error that anything may catch."
