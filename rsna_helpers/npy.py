@@ -7,7 +7,7 @@ __all__ = ['log', 'INDEX', 'TEXT', 'MARKS', 'convert', 'create_npy', 'summary', 
            'list_files', 'folder_headers', 'convert_folder', 'assign_studies', 'brain_area', 'brain_share',
            'crop_square', 'head_box', 'order_slices', 'safe_name', 'stack_study', 'study_box']
 
-# %% ../nbs/02_create_npy.ipynb #e128462e
+# %% ../nbs/02_create_npy.ipynb #8169e896
 import logging
 import os
 import shutil
@@ -27,7 +27,7 @@ from .dicom import WINDOWS
 from .eda import prepare_tables
 from .stacks import (NOTES, Layout, assign_studies, brain_area, brain_share, crop_square, group_stacks, head_box, note_path, order_slices, safe_name, sort_slices,
                                  stack_study, study_box, write_study)
-from .storage import ABOUT, check_room, free_space, level_errors, make_levels, open_stack, storage_table
+from .storage import ABOUT, check_room, free_space, level_errors, open_stack
 from .workers import dask_client, run_dask, run_local, run_with_care
 
 # %% ../nbs/02_create_npy.ipynb #a0fe296c
