@@ -97,7 +97,8 @@ def test_hours_follow_the_scarcest_resource(bench):
     f = dict(conversion={"plain": dict(ours=way(100), ours_two=way(200)), "file_bytes": {"plain": 500_000}}, headers=dict(ours=way(1000), cold_bytes=0))
     h = s.stages(f, 360_000, "plain", 100, 2, 1., 1e9, 100_000)["convert"]
     assert h["cpu"] == pytest.approx(.5 + 1/3600) and h["disk"] == pytest.approx(.06) and max(h, key=h.get) == "cpu"
-    assert max((h := s.stages(f, 360_000, "plain", 100, 256, .1, 1e9, 100_000)["convert"]), key=h.get) == "disk"
+    h = s.stages(f, 360_000, "plain", 100, 256, .1, 1e9, 100_000)["convert"]
+    assert max(h, key=h.get) == "disk"
 
 
 def test_every_requirements_line_is_an_extra(monkeypatch):
