@@ -74,7 +74,7 @@ def test_jpeg_files_hold_the_pixels_of_the_plain_ones(done):
     ds = pydicom.dcmread(work/"jpeg-6"/"00000"/"0000.dcm"); assert ds.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.70"
 
 
-def test_the_frame_is_found_without_pydicom(bench, done):
+def test_the_frame_is_found_without_pydicom(bench):
     from pydicom.encaps import encapsulate
     frame = b"\xff\xd8" + bytes(range(100)) + b"\xff\xd9"
     data = b"header" + b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff" + encapsulate([frame]) + b"\xfe\xff\xdd\xe0\0\0\0\0"
