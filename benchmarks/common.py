@@ -25,7 +25,7 @@ def options(description: str, argv=None) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=3, help="rounds, in each of which every way has its turn (default 3)")
     p.add_argument("--quick", action="store_true", help="a few files and one short round: does it run?")
     p.add_argument("--work", type=Path, help="folder for the files; kept, and used again (default: a temporary one)")
-    p.add_argument("--out", type=Path, help="folder for results.md, results.json, scaling.md (default: benchmarks/; a quick run writes none)")
+    p.add_argument("--out", type=Path, help="run.py: folder for results.md, results.json, scaling.md (default: benchmarks/; a quick run writes none)")
     o = p.parse_args(argv)
     if o.studies < 1 or o.rounds < 1: p.error("--studies and --rounds must be at least 1")
     if o.quick: o.studies, o.rounds = min(o.studies, 2), 1

@@ -74,7 +74,7 @@ def test_jpeg_files_hold_the_pixels_of_the_plain_ones(done):
     ds = pydicom.dcmread(work/"jpeg-6"/"00000"/"0000.dcm"); assert ds.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.70"
 
 
-def test_the_frame_is_found_without_pydicom(bench, done):
+def test_the_frame_is_found_without_pydicom(bench):
     from pydicom.encaps import encapsulate
     frame = b"\xff\xd8" + bytes(range(100)) + b"\xff\xd9"
     data = b"header" + b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff" + encapsulate([frame]) + b"\xfe\xff\xdd\xe0\0\0\0\0"
@@ -97,7 +97,8 @@ def test_hours_follow_the_scarcest_resource(bench):
     f = dict(conversion={"plain": dict(ours=way(100), ours_two=way(200)), "file_bytes": {"plain": 500_000}}, headers=dict(ours=way(1000), cold_bytes=0))
     h = s.stages(f, 360_000, "plain", 100, 2, 1., 1e9, 100_000)["convert"]
     assert h["cpu"] == pytest.approx(.5 + 1/3600) and h["disk"] == pytest.approx(.06) and max(h, key=h.get) == "cpu"
-    assert max((h := s.stages(f, 360_000, "plain", 100, 256, .1, 1e9, 100_000)["convert"]), key=h.get) == "disk"
+    h = s.stages(f, 360_000, "plain", 100, 256, .1, 1e9, 100_000)["convert"]
+    assert max(h, key=h.get) == "disk"
 
 
 def test_every_requirements_line_is_an_extra(monkeypatch):
