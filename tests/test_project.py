@@ -44,3 +44,10 @@ def test_imports_run_one_way():
 def test_package_imports_without_nbdev():
     code = "import sys; sys.modules['nbdev'] = sys.modules['execnb'] = None; import rsna_helpers.inference, rsna_helpers.validation; print('ok')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "ok"
+
+
+def test_converting_needs_no_torch():
+    "A worker that turns images into stacks must stay small: torch alone takes 500 MB."
+    code = "import sys, rsna_helpers.npy; print([m for m in ('torch', 'fastai', 'timm') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]", out.stderr[-500:]
