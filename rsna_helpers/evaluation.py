@@ -262,7 +262,7 @@ def report_figures(y: pd.DataFrame,   # truth, index image
     for fig in out.values(): plt.close(fig)
     return out
 
-# %% ../nbs/helpers/evaluation.ipynb #f7152c47
+# %% ../nbs/helpers/evaluation.ipynb #1c036775
 NEEDED = ("recipe", "data.fingerprint", "folds.fingerprint", "folds.audit", "scores", "versions")
 
 def check_report(report: dict) -> None: # nothing
@@ -280,6 +280,7 @@ def _cell(v) -> str: # a value as text, escaped
     "Numbers short, everything else as it is."
     if isinstance(v, (bool, np.bool_)): return "yes" if v else "no"
     if v is None or isinstance(v, (float, np.floating)) and np.isnan(v): return "–"
+    if isinstance(v, (float, np.floating)) and 0 < abs(v) < .001: return f"{v:.2g}"
     if isinstance(v, (float, np.floating)): return f"{v:,.0f}" if np.isfinite(v) and v == int(v) and abs(v) >= 2 else f"{v:.4f}" if abs(v) < 10 else f"{v:,.1f}"
     return html.escape(f"{v:,}" if isinstance(v, (int, np.integer)) else str(v))
 
@@ -299,14 +300,14 @@ def _table(rows, caption: str) -> str: # an HTML table of a DataFrame, a dict of
     return f"<div class=scroll><table><caption>{html.escape(caption)}</caption><tr><th></th>{head}</tr>{body}</table></div>"
 
 def _list(d) -> str: # a nested dict as a definition list
-    if not isinstance(d, dict): return _cell(d)
+    if not isinstance(d, dict): return html.escape(str(d))
     return "<dl>" + "".join(f"<dt>{html.escape(str(k))}</dt><dd>{_list(v)}</dd>" for k, v in d.items()) + "</dl>"
 
 def _picture(fig, caption: str) -> str: # a figure as an inline image
     buffer = io.BytesIO(); fig.savefig(buffer, format="png")
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/helpers/evaluation.ipynb #8b36c071
+# %% ../nbs/helpers/evaluation.ipynb #a565e67e
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#26323c;max-width:1150px;margin:2rem auto;padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2.2rem;border-bottom:1px solid #d5dce1}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}caption{text-align:left;color:#5b6b77;padding:.3rem 0}th,td{padding:.25rem .6rem;border-bottom:1px solid #e6eaed;text-align:right;white-space:nowrap}tr th:first-child{text-align:left}
 .scroll{overflow-x:auto}.warning{background:#fdf3e7;border-left:4px solid #d98a29;padding:.5rem .8rem}figure{margin:1rem 0}img{max-width:100%}figcaption{color:#5b6b77;font-size:13px}dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:13px;margin:0}dd{margin:0;overflow-wrap:anywhere}dt{color:#5b6b77}"""
@@ -317,7 +318,7 @@ def report_html(report: dict, figures: dict = None) -> str: # a whole page
     "The page of a report; every text is escaped."
     part = lambda title, body: f"<h2>{title}</h2>{body}" if body else ""
     classes = pd.DataFrame.from_dict(report.get("classes", {}), orient="index")
-    of = lambda names: classes[[c for c in classes if re.sub("_(low|high)$", "", c) in names]]
+    of = lambda names: classes[[c for name in names for c in (name, f"{name}_low", f"{name}_high") if c in classes]]
     scores = pd.DataFrame.from_dict(report["scores"], orient="index"); first = next(c for c in scores if c not in ("low", "high"))
     scores = scores.rename(columns=dict(low=f"{first}_low", high=f"{first}_high"))
     title = html.escape(str(report.get("title") or "Out-of-fold report")); data, folds = report["data"], report["folds"]

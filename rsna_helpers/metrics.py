@@ -461,6 +461,13 @@ def _points(y: np.ndarray,     # truth of one label, (n,)
     return np.array([*_ratio(*sums.sum(-1)), rank_auc(y, p), average_precision(y, p)])
 
 # %% ../nbs/helpers/metrics.ipynb #c6b24a41
+def _lone(y: np.ndarray,    # truth, (n, labels)
+          code: np.ndarray, # (n,): group of each row
+         ) -> np.ndarray:   # (labels, 9) boolean: figures that rest on the positives (or negatives) of less than two groups
+    "Of these nothing can be said of the spread, however many rows there are."
+    pos, neg = (np.array([len(np.unique(code[column == k])) < 2 for column in y.T]) for k in (1, 0)); no = np.zeros(len(pos), bool)
+    return np.stack([no, no, pos, neg, no, no, pos, pos | neg, pos], axis=1)
+
 def _bootstrap(y: np.ndarray,       # truth, (n, labels)
                p: np.ndarray,       # probabilities, (n, labels)
                threshold,           # one a label
@@ -478,6 +485,7 @@ def _bootstrap(y: np.ndarray,       # truth, (n, labels)
     chunks = [np.stack([of(w, *label) for label in zip(sums, counts)]) for w in _resamples(n_groups, n_boot, seed, max(n_groups, max(pair[0].shape[0] for pair in counts)))]
     boot = np.concatenate(chunks or [np.empty((y.shape[1], 9, 0))], axis=-1).transpose(2, 0, 1).copy()
     boot[..., -2:] += points[:, -2:] - binned      # what the bins are off by
+    boot[:, _lone(y, code)] = np.nan
     return points, boot
 
 # %% ../nbs/helpers/metrics.ipynb #3f0f0bb2
@@ -526,8 +534,8 @@ def class_report(y,                       # truth, (n, labels), or (n,) for one 
                  normal_from: str | None = "any", # label whose negation is the row `normal`, where there is one; None: no such row
                 ) -> pd.DataFrame:        # one row a label; `*_low`, `*_high` are 95 % intervals over groups
     """Report by label: counts, then log_loss, brier, auc, average_precision, sensitivity, specificity, ppv, npv and f1 with
-    intervals, ece, and the confusion tp, fp, fn, tn. A resample in which a figure is 0/0 is left out of its interval;
-    `auc_resamples` counts those that had an AUC. `ValueError` for bad input."""
+    intervals, ece, and the confusion tp, fp, fn, tn. A resample in which a figure is 0/0 is left out of its interval,
+    and there is none where all positives are of one group; `auc_resamples` counts the resamples that had an AUC. `ValueError` for bad input."""
     code, n_groups = group_codes(y, groups)
     y, p, labels = _labelled(y, p, labels)
     y, p, threshold, labels = _with_normal(y, p, _thresholds(threshold, labels), labels, normal_from)

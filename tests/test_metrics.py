@@ -312,6 +312,7 @@ def test_bootstrap_is_what_copying_the_rows_gives():
             want = [sk.log_loss(a, q.clip(1e-15, 1 - 1e-15), labels=[0, 1]), ((a - q) ** 2).mean(), of(d, a == 1), of(~d, a == 0), of(a == 1, d), of(a == 0, ~d),
                     2 * (a * d).sum() / (a.sum() + d.sum()) if a.any() or d.any() else np.nan,
                     np.nan if len(set(a)) == 1 else sk.roc_auc_score(a, q), sk.average_precision_score(a, q) if a.any() else np.nan]
+            if len(set(patient[y[:, k] == 1])) < 2: want = [np.nan if j in (2, 6, 7, 8) else v for j, v in enumerate(want)]
             assert boot[b, k] == pytest.approx(want, rel=1e-9, nan_ok=True)
 
 
@@ -392,11 +393,13 @@ def test_chunks_do_not_change_the_draws():
 
 def test_resamples_without_positives_are_left_out_and_counted():
     y, p, patient = np.zeros(100), np.linspace(0, 1, 100), np.repeat(np.arange(10), 10)
-    y[:5] = 1
+    y[8:12] = 1
     row = m.class_report(y, p, "rare", patient, n_boot=400).loc["rare"]
-    # one patient of ten holds all positives: a resample misses it with probability .9 ** 10
-    assert row.auc_resamples == pytest.approx(400 * (1 - .9 ** 10), abs=40)
+    # two patients of ten hold all positives: a resample misses both with probability .8 ** 10
+    assert row.auc_resamples == pytest.approx(400 * (1 - .8 ** 10), abs=30)
     assert 0 <= row.auc_low <= row.auc_high <= 1
+    lone = m.class_report((p < .05).astype(int), p, ["lone"], patient, n_boot=50).loc["lone"]
+    assert np.isfinite(lone.auc) and lone[["auc_low", "sensitivity_low", "average_precision_high"]].isna().all() and lone.auc_resamples == 0 and np.isfinite(lone.specificity_low)
     empty = m.class_report(np.zeros(100), p, ["none"], patient, n_boot=50).loc["none"]
     assert np.isnan(empty.auc) and np.isnan(empty.auc_low) and empty.auc_resamples == 0 and np.isfinite(empty.log_loss_low)
 
