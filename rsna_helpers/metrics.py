@@ -534,7 +534,7 @@ def class_report(y,                       # truth, (n, labels), or (n,) for one 
                  normal_from: str | None = "any", # label whose negation is the row `normal`, where there is one; None: no such row
                 ) -> pd.DataFrame:        # one row a label; `*_low`, `*_high` are 95 % intervals over groups
     """Report by label: counts, then log_loss, brier, auc, average_precision, sensitivity, specificity, ppv, npv and f1 with
-    intervals, ece, and the confusion tp, fp, fn, tn. A resample in which a figure is 0/0 is left out of its interval,
+    intervals, ece, the confusion tp, fp, fn, tn, and accuracy. A resample in which a figure is 0/0 is left out of its interval,
     and there is none where all positives are of one group; `auc_resamples` counts the resamples that had an AUC. `ValueError` for bad input."""
     code, n_groups = group_codes(y, groups)
     y, p, labels = _labelled(y, p, labels)
@@ -548,6 +548,7 @@ def class_report(y,                       # truth, (n, labels), or (n,) for one 
     report["threshold"] = threshold
     yes = np.where(np.isnan(threshold), np.nan, p > threshold)
     for name, cell in dict(tp=yes * y, fp=yes * (1 - y), fn=(1 - yes) * y, tn=(1 - yes) * (1 - y)).items(): report[name] = cell.sum(0)
+    report["accuracy"] = (report.tp + report.tn)/report.n
     return report
 
 # %% ../nbs/helpers/metrics.ipynb #d0b7e118
