@@ -31,7 +31,7 @@ class Recipe:
     grow: tuple = ((.3, 96), (.7, 128)) # smaller sides to begin with, each up to a share of the epochs: small pictures teach the rough things in less time
     keep_empty: float = .2          # share of the training images with hardly any brain that is used
     windows: tuple = ((40, 80), (30, 40), (60, 40))     # (center, width) in HU, one channel each: brain, its darker and its brighter half
-    epochs: int = 13
+    epochs: int = 14
     batch_size: int = 32
     lr: float = 2e-3                # peak of one-cycle; None: found by `lr_find`
     weight_decay: float = .05
@@ -49,9 +49,9 @@ class Recipe:
     noise: float = 4.               # HU, up to
     blur: float = .7                # pixels, sigma, up to
     harden: float = 5.              # HU, up to: brain near bone brighter (or, less so, darker)
-    export: float = .3              # share of pictures shown as if exported in a brain window and made smaller
+    export: float = .25             # share of pictures shown as if exported in a brain window and made smaller
     erase: float = .1               # share of pictures with a patch of air
-    tta: tuple = ("as is", "flip")  # views that are averaged when predicting
+    tta: tuple = ("as is", "flip", "turn", "turn flip")     # views that are averaged when predicting: mirrored, turned by 8 degrees
 
     def side(self, epoch: int) -> int: # side of the input in an epoch, pixels
         "Grown by `grow`; the last epoch always has the full `size`."
@@ -68,9 +68,9 @@ class Recipe:
         return cls(**{k: tup(v) for k, v in d.items()})
 
 RECIPES = {r.name: r for r in [
-    Recipe("test", backbone="test_resnet", size=64, grow=(), keep_empty=1., epochs=1, lr=3e-3),
+    Recipe("test", backbone="test_resnet", tta=("as is", "flip"), size=64, grow=(), keep_empty=1., epochs=1, lr=3e-3),
     Recipe("quick"),
-    Recipe("full", backbone="tf_efficientnetv2_s.in21k_ft_in1k", pretrained=True, size=384, grow=(), keep_empty=1., windows=((40, 80), (80, 200), (600, 2800)), epochs=6, batch_size=64, lr=8e-4, drop=.2,
+    Recipe("full", backbone="tf_efficientnetv2_s.in21k_ft_in1k", pretrained=True, tta=("as is", "flip"), size=384, grow=(), keep_empty=1., windows=((40, 80), (80, 200), (600, 2800)), epochs=6, batch_size=64, lr=8e-4, drop=.2,
            folds=(0, 1, 2, 3, 4), rotate=20., zoom=.2, shift=.08, harden=5., export=.05, erase=.15),
 ]}
 
@@ -110,11 +110,12 @@ def augment(hu,          # (n, c, h, w) float, HU
             r: Recipe,   # how much of each
            ):            # (n, c, size, size) float, HU
     "Random geometry and grey values for a batch; resizes to `r.size`."
-    n = len(hu); hu = _export(_harden(hu, r), r)
+    n = len(hu); hu = _export(hu, r)
     grid = F.affine_grid(_affine(n, r, hu), (n, hu.shape[1], r.size, r.size), align_corners=False)
-    if hu.shape[-1] > 1.5*r.size: hu = F.interpolate(hu, scale_factor=.5, mode="area") if hu.shape[-1] >= 2*r.size else F.interpolate(hu, size=round(1.25*r.size), mode="area")
+    if hu.shape[-1] > 1.5*r.size: hu = F.avg_pool2d(hu, 2, 2 if hu.shape[-1] >= 2*r.size else 1)     # no pixel may be skipped: noise would not average out
     x = F.grid_sample(hu + 1000, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1000          # outside is air
     col = lambda low, high: _uniform(n, low, high, x).view(-1, 1, 1, 1)
+    x = _harden(x, r)
     x = torch.where(col(0, 1) < .5, x, _blur(x, _uniform(n, .3, max(r.blur, .31), x)))
     x = x*(1 + col(-r.hu_gain, r.hu_gain)) + col(-r.hu_shift, r.hu_shift)
     slow = F.interpolate(torch.randn(n, 1, 5, 5).to(x.device), size=x.shape[2:], mode="bilinear", align_corners=False)
@@ -123,7 +124,7 @@ def augment(hu,          # (n, c, h, w) float, HU
     return _erase(x, r)
 
 def _harden(hu, r: Recipe): # brain near bone a little brighter or darker, as beam hardening and the correction of it make it
-    n = len(hu); bone = F.avg_pool2d((hu[:, :1] > 300).to(hu.dtype), 8, ceil_mode=True)
+    n = len(hu); bone = F.avg_pool2d((hu[:, :1] > 300).to(hu.dtype), max(hu.shape[-1]//32, 1), ceil_mode=True)
     near = F.avg_pool2d(F.avg_pool2d(bone, 5, 1, 2), 5, 1, 2)
     near = F.interpolate(near, size=hu.shape[2:], mode="bilinear", align_corners=False)*_uniform(n, -.4, 1, hu).view(-1, 1, 1, 1)*2*r.harden
     return torch.where((hu > -50) & (hu < 150), hu + near, hu)
@@ -146,6 +147,11 @@ def _erase(x, r: Recipe): # a rectangle of air in a share of the pictures
     return torch.where(hole, torch.full_like(x, -1000.), x)
 
 # %% ../nbs/helpers/models.ipynb #527bfe89
+def _turn(hu, degrees: float): # the pictures turned about their middle; air comes in from outside
+    a = math.radians(degrees); turn = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]], dtype=hu.dtype, device=hu.device)
+    grid = F.affine_grid(turn.repeat(len(hu), 1, 1), hu.shape, align_corners=False)
+    return F.grid_sample(hu + 1000, grid, align_corners=False) - 1000
+
 class Inputs(nn.Module):
     "int16 stacks to what a network takes: augmented while training, resized, windowed."
     def __init__(self, recipe: Recipe):
@@ -155,7 +161,8 @@ class Inputs(nn.Module):
         hu = hu.float()
         if self.training: x = augment(hu, self.recipe)
         else: x = hu if hu.shape[-1] == self.recipe.size else F.interpolate(hu, size=(self.recipe.size,)*2, mode="area")
-        return self.windows(x.flip(-1) if view == "flip" else x)
+        if "turn" in view: x = _turn(x, 8)
+        return self.windows(x.flip(-1) if "flip" in view else x)
 
 # %% ../nbs/helpers/models.ipynb #240253a6
 log = logging.getLogger("rsna_helpers")
