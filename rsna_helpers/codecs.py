@@ -170,8 +170,8 @@ def _serve():
         out.flush()
         _alarm(0, 0)
 
-# %% ../nbs/helpers/codecs.ipynb #47887c3c
-_START = "from rsna_helpers.codecs import _serve; _serve()"
+# %% ../nbs/helpers/codecs.ipynb #c37110bf
+_START = "import rsna_helpers.codecs as codecs; codecs._serve()"
 
 
 class _Helper:

@@ -60,6 +60,7 @@ def _parts(value, # bytes of an element, or what pydicom made of them
           ) -> list: # its values: numbers where they are stored in binary, else text
     "Values of an element, not yet judged."
     if value is None: return []
+    if isinstance(value, pydicom.Sequence): raise ValueError("a sequence")
     if not isinstance(value, bytes): # an element that pydicom has already converted
         return [str(v) for v in (value if isinstance(value, (list, tuple, pydicom.multival.MultiValue)) else [value])]
     if vr == "US" and len(value) == 2: return [int.from_bytes(value, "little" if little else "big")]
@@ -151,36 +152,39 @@ def _walk(buf: bytes, # the file from its start, or some of it
          ) -> tuple: # {tag: (value, VR)}, and (tag, value, length, VR) of PixelData by offset or None; with `meta` where it ends
     "The elements before the pixels. Raises `_Doubt`, `_More`, and `ValueError` for a header without end."
     found, inside, last, n = {}, [], 0x0001FFFF if meta else 0x0002FFFF, len(buf)
+    element, u32, short, wanted = _element, _u32, _SHORT, _WANTED # local names are found sooner
     for _ in range(_STEPS):
-        while inside and inside[-1] == at: inside.pop()
         if at + 12 > n: # 12 bytes are the longest head
             if n < end: raise _More
+            while inside and inside[-1] == at: inside.pop()
             if at == end and not inside: return found, None
             if at + 8 > n: raise _Doubt
             buf += bytes(4)
-        group, elem, vr, size = _element(buf, at)
-        if meta and group != 2: return found, at
+        start, (group, elem, vr, size) = at, element(buf, at)
         if group == 0xFFFE:
-            at = _delimiter(elem, _u32(buf, at + 4)[0], at + 8, inside)
+            while inside and inside[-1] == at: inside.pop() # items of stated length that end here
+            at = _delimiter(elem, u32(buf, at + 4)[0], at + 8, inside)
             continue
-        start, tag = at, group << 16 | elem
-        if not explicit: vr, size, at = None, _u32(buf, at + 4)[0], at + 8
-        elif vr in _SHORT: at += 8
-        elif vr in _LONG: size, at = _u32(buf, at + 8)[0], at + 12
+        if meta and group != 2: return found, at
+        if not explicit: vr, size, at = None, u32(buf, at + 4)[0], at + 8
+        elif vr in short: at += 8
+        elif vr in _LONG: size, at = u32(buf, at + 8)[0], at + 12
         else: raise _Doubt
+        tag = group << 16 | elem
         if inside:
-            if inside[-1] == _SEQUENCE or size != _UNDEFINED and at + size > inside[-1] >= 0: raise _Doubt
-        else:
+            while inside and inside[-1] == start: inside.pop()
+            if inside and (inside[-1] == _SEQUENCE or size != _UNDEFINED and at + size > inside[-1] >= 0): raise _Doubt
+        if not inside:
             if tag <= last: raise _Doubt
             last = tag
-            if tag == _PIXELS and vr in _PIXEL_VRS: return found, (start, at, size, _PIXEL_VRS[vr])
-            if group == 0x7FE0: raise _Doubt
-        if size == _UNDEFINED:
-            if not _opens(tag, vr) or tag in _WANTED: raise _Doubt
+            if group == 0x7FE0 and elem: # not the length of the group, which old files have
+                if tag == _PIXELS and vr in _PIXEL_VRS: return found, (start, at, size, _PIXEL_VRS[vr])
+                raise _Doubt
+        if at + size > end:
+            if size != _UNDEFINED or not _opens(tag, vr) or tag in wanted: raise _Doubt
             inside.append(_SEQUENCE)
             continue
-        if at + size > end: raise _Doubt
-        if tag in _WANTED and not inside:
+        if tag in wanted and not inside:
             if at + size > n: raise _More
             found[tag] = buf[at:at + size], vr and vr.decode()
         at += size
@@ -226,7 +230,7 @@ def _lean(f, start: bytes, size: int) -> tuple: # found, place, little, where th
         else:
             if most > len(start): f.seek(0); start = f.read(most)
             buf, whole = start, len(start) == size
-        begin, end = (0 if syntax == DEFLATED else at), (size if syntax != DEFLATED else len(buf) if whole else 2**62)
+        begin, end = (0 if syntax == DEFLATED else at), (size if syntax != DEFLATED else len(buf) if whole else _UNDEFINED - 1)
         vr = buf[begin + 4:begin + 6]
         if not explicit and len(vr) == 2 and all(64 < c < 91 for c in vr): raise _Doubt
         try: found, place = _walk(buf, begin, end, explicit)
@@ -255,22 +259,23 @@ def _before_pixels(tag, vr, size): return tag in (_PIXELS, 0x7FE00009, 0x7FE0000
 
 def _by_pydicom(f, size: int, deflated: int | None = None) -> tuple: # as `_lean` gives it
     "Header of any file that pydicom can make sense of; `deflated` is where such a data set begins."
-    if deflated is not None:
-        data, _ = _inflate(f, deflated, _STAGES[-2])
-        f, size = io.BytesIO(data), len(data)
     f.seek(0)
-    g = _Bounded(f, size)
     if deflated is None:
-        ds = pydicom.dcmread(g, stop_before_pixels=True, force=True)
-        meta = getattr(ds, "file_meta", {})
-        found = {_SYNTAX: (meta.get_item(_SYNTAX).value, "UI")} if _SYNTAX in meta else {}
-    else: ds, found = read_dataset(g, False, True, stop_when=_before_pixels), {_SYNTAX: (DEFLATED, "UI")}
-    at, little = g.tell(), True
+        ds = pydicom.dcmread(g := _Bounded(f, size), stop_before_pixels=True, force=True)
+        meta, place = getattr(ds, "file_meta", {}), _place(f, g.tell())
+        syntax = [meta.get_item(_SYNTAX).value] if _SYNTAX in meta else []
+    else:
+        for most in _STAGES:
+            data, whole = _inflate(f, deflated, most)
+            ds = read_dataset(g := _Bounded(io.BytesIO(data), len(data)), False, True, stop_when=_before_pixels)
+            place, syntax = _place(g.f, g.tell()), [DEFLATED]
+            if whole or place: break
+    found, little = {_SYNTAX: (uid, "UI") for uid in syntax}, True
     for tag in _WANTED:
         if tag not in ds: continue
         e = ds.get_item(tag)
         found[tag], little = (e.value, e.VR), getattr(e, "is_little_endian", little)
-    return found, _place(f, at), little, deflated
+    return found, place, little, deflated
 
 
 def _place(f, at: int) -> tuple | None: # offset of the tag, offset of the value, length, VR; None where no PixelData begins
@@ -321,7 +326,7 @@ def open_header(f, # file, open for reading in binary
         form = _format(start)
         if form in ("png", "jpeg"): return _picture_header(f, form, size, path), None
         found, place, little, deflated = _elements(f, start, size, lean)
-    header = _plain(found, little)
+        header = _plain(found, little)
     known = sum(header[k] is not None for k in (KEYS.keys() - {"TransferSyntaxUID"} if form == "dicom" else _IDENTITY))
     if known < (1 if form == "dicom" else 2): raise DicomError(path, f"not a DICOM file, or cut off: {known} known attributes in {size} bytes")
     at = None if deflated is not None else place[1] if place else size

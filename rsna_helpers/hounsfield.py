@@ -100,23 +100,24 @@ def _to_hu(px: np.ndarray, # array as the file holds it
         border = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]]) * slope + intercept
         if h["Modality"] == "CT" and np.median(border) <= -900: notes.append("MONOCHROME1 kept: the border is air already")
         else: x, repaired = _inverted(x, h), repaired + ["MONOCHROME1 inverted"]
-    hu = _rescale(x, slope, intercept)
-    if ct:
-        hu[hu < -1024] = AIR
-        if pad is not None: hu[pad] = AIR
-    elif pad is not None and not pad.all(): hu[pad] = hu[~pad].min()
-    return hu, "; ".join(repaired) or None, notes
+    return _rescale(x, slope, intercept, pad, ct), "; ".join(repaired) or None, notes
 
 
 def _rescale(x: np.ndarray, # stored values
              slope: float, intercept: float,
+             pad: np.ndarray | None = None, # where there is no image
+             ct: bool = False, # HU, so that the outside is air
             ) -> np.ndarray: # int16 where nothing is lost by it, else float32
-    "Modality LUT (PS3.3, C.11.1), linear part."
-    whole = slope % 1 == 0 and intercept % 1 == 0
-    ends = [float(v) * slope + intercept for v in (x.min(), x.max())]
-    if whole and -32768 <= min(ends) and max(ends) <= 32767: return (x * int(slope) + int(intercept)).astype("int16")
-    if max(map(abs, ends)) > 3e38: raise ValueError(f"RescaleSlope {slope:g} and RescaleIntercept {intercept:g} lead out of range")
-    return (x * slope + intercept).astype("float32")
+    "Modality LUT (PS3.3, C.11.1), linear part, and the outside."
+    reach = max(abs(float(v) * slope + intercept) for v in (x.min(), x.max()))
+    if reach > 3e38: raise ValueError(f"RescaleSlope {slope:g} and RescaleIntercept {intercept:g} lead out of range")
+    whole = slope % 1 == 0 and intercept % 1 == 0 and reach < 2**31
+    hu = x * int(slope) + int(intercept) if whole else (x * slope + intercept).astype("float32")
+    if ct:
+        hu[hu < -1024] = AIR
+        if pad is not None: hu[pad] = AIR
+    elif pad is not None and not pad.all(): hu[pad] = hu[~pad].min()
+    return hu.astype("int16" if whole and hu.min() >= -32768 and hu.max() <= 32767 else "float32", copy=False)
 
 # %% ../nbs/helpers/hounsfield.ipynb #3050d2ec
 def _plain_rescale(header: dict) -> bool: # 16 bits, whole HU, nothing to repair
@@ -135,12 +136,13 @@ def _quick(px: np.ndarray, # array as the file holds it; changed in place
     h, signed, bits = header, header["PixelRepresentation"] == 1, header["BitsStored"] or 16
     x, hu, add = px.view("i2" if signed else "u2"), px.view("i2"), int(header["RescaleIntercept"] or 0)
     low, high, top = int(x.min()), int(x.max()), 1 << (bits - signed)
-    if low < (-top if signed else 0) or high >= top or low + add < -32768 or high + add > 32767: return None
     ct, pad = h["Modality"] in (None, "CT"), h["PixelPaddingValue"]
+    if low < (-top if signed else 0) or high >= top or low + add < -32768 and not ct or high + add > 32767: return None
     if pad is not None:
         pad = (pad + 32768) % 65536 - 32768 if signed else pad % 65536
         if not low <= pad <= high: pad = None # not in the image
         elif not ct or -900 < h["PixelPaddingValue"] + add < 3000: return None
+    if low + add < -32768: np.maximum(x, np.int16(-1025 - add), out=x) # becomes air, and must not come round
     hu += np.int16(add) # wraps round where x is unsigned, and back
     if ct and low + add < -1024: np.copyto(hu, np.int16(AIR), where=hu < -1024)
     if pad is not None and pad + add >= -1024: np.copyto(hu, np.int16(AIR), where=hu == pad + add)
