@@ -34,7 +34,7 @@ def test_module_keeps_the_rules(path):
 
 
 def test_imports_run_one_way():
-    order = ["metrics", "dicom", "tasks", "anatomy", "bleeds", "head", "phantom", "core", "eda", "npy", "validation", "baselines", "models", "train", "inference"]
+    order = ["metrics", "dicom", "tasks", "anatomy", "bleeds", "head", "phantom", "core", "eda", "npy", "duplicates", "validation", "baselines", "models", "train", "inference"]
     for m in order:
         used = set(re.findall(r"from (?:rsna_helpers)?\.(\w+) import", (ROOT/"rsna_helpers"/f"{m}.py").read_text()))
         later = {u for u in used if order.index(u) >= order.index(m)}
