@@ -1,5 +1,6 @@
 # make run   the six notebooks in order, on the phantom or on RSNA_RAW=<folder>; TASK=<name> takes another task
 # make test  everything that CI runs
+# make bench side by side with the peers, on this machine; BENCH=--quick only tries it out
 PYTHON ?= python3
 TASK   ?= hemorrhage
 VENV   := .venv
@@ -7,7 +8,7 @@ BIN    := $(VENV)/bin
 OUT    := runs/$(TASK)
 NOTEBOOKS := $(sort $(wildcard nbs/0*.ipynb))
 
-.PHONY: run test install export clean
+.PHONY: run test bench install export clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.installed: settings.ini setup.py
@@ -28,6 +29,13 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/run.sh
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 export: $(VENV)/.installed
 	$(BIN)/nbdev_export

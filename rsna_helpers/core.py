@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock
 
 from . import phantom
@@ -83,11 +82,13 @@ class Run:
 # %% ../nbs/00_setup.ipynb #75da15b1
 def find_device() -> str: # 'cuda', 'mps' or 'cpu'
     "The best device that torch can use here."
+    import torch                                       # here and not above: a process that converts images needs no torch, which takes 500 MB
     if torch.cuda.is_available(): return "cuda"
     return "mps" if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available() else "cpu"
 
 def seed_everything(seed: int): # seeds python, numpy and torch
     "Seed all that draws random numbers."
+    import torch
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 # %% ../nbs/00_setup.ipynb #5bca6491
@@ -195,6 +196,7 @@ def short_path(path) -> str: # relative to where we are if that is near, else as
     return str(path) if near.startswith(os.path.join("..", "..", "..")) else near
 
 def _summary(run: Run) -> str:
+    import torch
     gpu = f" ({torch.cuda.get_device_name()})" if run.device == "cuda" else f" ({os.cpu_count()} cores)"
     return "\n".join([f"task      {run.task.title}", f"data      {'phantom, synthetic' if run.phantom else 'real'}: {short_path(run.raw)}", f"writes to {short_path(run.data)} and {short_path(run.models)}",
                       f"profile   {run.profile} on {run.device}{gpu}, {run.platform}, seed {run.seed}", "versions  " + ", ".join(f"{k} {v}" for k, v in versions().items())])

@@ -17,6 +17,7 @@ import pandas as pd
 
 from . import dicom
 from .baselines import baselines
+from .calibration import load_calibration
 from .core import Run, load_json, save_json, save_parquet, short_path, versions
 from .eda import prepare_tables
 from .metrics import class_report
@@ -51,7 +52,8 @@ def predict(run: Run,             # from `core.start`
             with_index: bool = False,  # also return the index rows of the images?
            ):                     # DataFrame: index image, a column a label, `.attrs['filled']` name -> reason; or (it, index)
     "Probabilities for every image that was asked for. What cannot be read gets the training prevalence and is named in the log."
-    models, recipe, about = load_model(folder or fit(run)["folder"], run.device)
+    folder = folder or fit(run)["folder"]; calibration = load_calibration(folder)
+    models, recipe, about = load_model(folder, run.device)
     if not tta: recipe = replace(recipe, tta=("as is",))
     if images is None:
         index = load_index(run).query("split == 'test'").set_index("image"); order = index.index
@@ -60,6 +62,7 @@ def predict(run: Run,             # from `core.start`
         with tempfile.TemporaryDirectory() as tmp:
             index = stack_images(run, find_images(images), tmp, about["stack_size"]); order = index.pop("order").sort_values().index
             p = predict_table(replace(run, data=Path(tmp)), index[index.position >= 0], models, recipe)
+    if calibration and len(p): p = calibration.apply(p)
     p = fill_in(p, index.error, order, about["prior"])
     return (p, index.loc[order]) if with_index else p
 

@@ -48,7 +48,8 @@ class Recipe:
     shade: float = 6.               # HU, up to: slow changes of brightness over the picture, as beam hardening makes them
     noise: float = 4.               # HU, up to
     blur: float = .7                # pixels, sigma, up to
-    export: float = .3              # share of pictures shown as if exported in a brain window: all outside is cut off
+    harden: float = 5.              # HU, up to: brain near bone brighter (or, less so, darker)
+    export: float = .3              # share of pictures shown as if exported in a brain window and made smaller
     erase: float = .1               # share of pictures with a patch of air
     tta: tuple = ("as is", "flip")  # views that are averaged when predicting
 
@@ -70,7 +71,7 @@ RECIPES = {r.name: r for r in [
     Recipe("test", backbone="test_resnet", size=64, grow=(), keep_empty=1., epochs=1, lr=3e-3),
     Recipe("quick"),
     Recipe("full", backbone="tf_efficientnetv2_s.in21k_ft_in1k", pretrained=True, size=384, grow=(), keep_empty=1., windows=((40, 80), (80, 200), (600, 2800)), epochs=6, batch_size=64, lr=8e-4, drop=.2,
-           folds=(0, 1, 2, 3, 4), rotate=20., zoom=.2, shift=.08, export=.05, erase=.15),
+           folds=(0, 1, 2, 3, 4), rotate=20., zoom=.2, shift=.08, harden=5., export=.05, erase=.15),
 ]}
 
 # %% ../nbs/helpers/models.ipynb #9bb44158
@@ -109,20 +110,33 @@ def augment(hu,          # (n, c, h, w) float, HU
             r: Recipe,   # how much of each
            ):            # (n, c, size, size) float, HU
     "Random geometry and grey values for a batch; resizes to `r.size`."
-    n = len(hu)
+    n = len(hu); hu = _export(_harden(hu, r), r)
     grid = F.affine_grid(_affine(n, r, hu), (n, hu.shape[1], r.size, r.size), align_corners=False)
     if hu.shape[-1] > 1.5*r.size: hu = F.interpolate(hu, scale_factor=.5, mode="area") if hu.shape[-1] >= 2*r.size else F.interpolate(hu, size=round(1.25*r.size), mode="area")
     x = F.grid_sample(hu + 1000, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1000          # outside is air
     col = lambda low, high: _uniform(n, low, high, x).view(-1, 1, 1, 1)
     x = torch.where(col(0, 1) < .5, x, _blur(x, _uniform(n, .3, max(r.blur, .31), x)))
     x = x*(1 + col(-r.hu_gain, r.hu_gain)) + col(-r.hu_shift, r.hu_shift)
-    slow = F.interpolate(torch.randn(n, 1, 4, 4).to(x.device), size=x.shape[2:], mode="bicubic", align_corners=False)
-    x = torch.where(x > -500, x + slow*col(0, 1)*r.shade, x)                           # air stays air
+    slow = F.interpolate(torch.randn(n, 1, 5, 5).to(x.device), size=x.shape[2:], mode="bilinear", align_corners=False)
+    x = torch.where(x > -500, x + slow*col(0, 1)*r.shade, x)                        # air stays air
     x = x + torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device)*col(0, 1)**2*r.noise
-    center, width = col(32, 48), col(70, 110)
-    shown = ((x - center)/width + .5).clamp(0, 1)**torch.exp(col(-.25, .25))*80    # with the gamma of some screen, and read back as if it had been 0..80 HU
-    x = torch.where(col(0, 1) < r.export, shown, x)
     return _erase(x, r)
+
+def _harden(hu, r: Recipe): # brain near bone a little brighter or darker, as beam hardening and the correction of it make it
+    n = len(hu); bone = F.avg_pool2d((hu[:, :1] > 300).to(hu.dtype), 8, ceil_mode=True)
+    near = F.avg_pool2d(F.avg_pool2d(bone, 5, 1, 2), 5, 1, 2)
+    near = F.interpolate(near, size=hu.shape[2:], mode="bilinear", align_corners=False)*_uniform(n, -.4, 1, hu).view(-1, 1, 1, 1)*2*r.harden
+    return torch.where((hu > -50) & (hu < 150), hu + near, hu)
+
+def _export(hu, r: Recipe): # a share of the pictures as somebody else saved them: a window, the gamma of some screen, fewer pixels
+    share = r.export; n = round(share*len(hu)) if len(hu) > 1 else int(torch.rand(1) < share)
+    if not n: return hu
+    which = torch.randperm(len(hu))[:n].to(hu.device); x = hu[which]; col = lambda low, high: _uniform(n, low, high, x).view(-1, 1, 1, 1)
+    x = ((x - col(32, 48))/col(70, 120) + .5).clamp(0, 1)**torch.exp(col(-.25, .25))*80                           # read back as if it had been 0..80 HU
+    small = round(hu.shape[-1]*(.6 + .4*float(torch.rand(1))))
+    x = F.interpolate(x, size=(small, small), mode="area"); x = torch.where(x > 79, 300., x)                     # white is taken for bone, as `dicom.read_image` does
+    x = F.interpolate(x, size=hu.shape[2:], mode="bilinear", align_corners=False)
+    return hu.index_copy(0, which, x)
 
 def _erase(x, r: Recipe): # a rectangle of air in a share of the pictures
     n, _, h, w = x.shape

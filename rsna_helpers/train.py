@@ -28,8 +28,10 @@ from fastai.optimizer import Adam
 from torch import nn
 
 from .baselines import baselines
-from .core import Run, fingerprint, load_json, save_json, save_parquet, seed_everything, stage, versions
+from .calibration import choose_calibration, save_calibration
+from .core import Run, fingerprint, load_json, save_parquet, seed_everything, stage, versions
 from .eda import prepare_tables
+from .evaluation import choose_thresholds, data_facts, fold_facts, report_figures, write_report
 from .metrics import class_report, matched_auc, position_strata, rank_auc, score_interval
 from .models import RECIPES, Inputs, Recipe, build_model, save_model
 from .npy import load_index, load_stack
@@ -198,17 +200,25 @@ def fit(run: Run,               # from `core.start`
         for f in folder.glob("model_fold*.safetensors"): f.unlink()                    # models of another recipe must not join the ensemble
         parts, notes = zip(*[fit_fold(run, df, f, recipe, folder) for f in recipe.folds])
         oof = pd.concat(parts); save_parquet(oof, run.data/"predictions"/f"oof_{recipe.name}.parquet")
-        report = make_report(run, df, oof, recipe, list(notes), facts); save_json(report, folder/"report.json")
+        report = make_report(run, df, oof, recipe, list(notes), facts, folder)
         s["result"] = dict(score=report["scores"][recipe.name]["log_loss"])
     return report | dict(folder=str(folder))
 
-def make_report(run: Run, df: pd.DataFrame, oof: pd.DataFrame, recipe: Recipe, notes: list, facts: dict) -> dict:
-    "Scores of out-of-fold predictions beside the baselines on the same folds, with what they follow from."
+def make_report(run: Run, df: pd.DataFrame, oof: pd.DataFrame, recipe: Recipe, notes: list, facts: dict, folder) -> dict:
+    "Scores of out-of-fold predictions beside the baselines on the same folds, with what they follow from: `report.json` and `report.html`, and `calibration.json` if one helps."
     _, headers = prepare_tables(run); base = {}
     for f in recipe.folds:
         for k, p in baselines(run, df[df.fold != f], df[df.fold == f], headers).items(): base.setdefault(k, []).append(p)
     truth = df.loc[oof.index]; labels = list(run.task.labels)
     table = compare(run, truth, {**{k: pd.concat(v) for k, v in base.items()}, recipe.name: oof})
-    classes = class_report(truth[labels].to_numpy(), oof.to_numpy(), labels, truth.patient.to_numpy(), seed=run.seed)
-    return dict(scores=table.to_dict("index"), classes=classes.to_dict("index"), training=notes, recipe=recipe.to_json(), facts=facts, images=len(oof), patients=int(truth.patient.nunique()),
-                warning="These images chose the epoch that was kept, so the scores are a little better than on patients that nothing was chosen by.", versions=versions())
+    classes = class_report(truth[labels], oof, labels, truth.patient, seed=run.seed)
+    chosen, gain = choose_calibration(truth[labels], oof, truth.patient, truth.fold, score_rows=run.task.score_rows, seed=run.seed)
+    (Path(folder)/"calibration.json").unlink(missing_ok=True)
+    if chosen: save_calibration(chosen, folder)
+    cut = choose_thresholds(truth[labels], oof, truth.fold, truth.patient, seed=run.seed)
+    report = dict(title=f"{run.task.title}: recipe {recipe.name}", scores=table.to_dict("index"), classes=classes.to_dict("index"), thresholds=cut.to_dict("index"),
+                  calibration=dict(method=chosen.method if chosen else "none helps", notes=list(chosen.notes) if chosen else [], gain={" / ".join(k): v for k, v in gain.to_dict("index").items()}),
+                  data=data_facts(df, labels), folds=fold_facts(df, labels), training=notes, recipe=recipe.to_json(), facts=facts, images=len(oof), patients=int(truth.patient.nunique()),
+                  warning="These images chose the epoch that was kept, so the scores are a little better than on patients that nothing was chosen by.", seconds=sum(n["seconds"] for n in notes), versions=versions())
+    place = truth.position/(truth.n_slices - 1).clip(lower=1)
+    return write_report(folder, report, report_figures(truth[labels], oof, truth.patient, cut.threshold, place, seed=run.seed))

@@ -1,5 +1,5 @@
 """Tables and plots of notebook 01 on a handful of small files whose every oddity is known."""
-import base64, io, os, re
+import os
 
 import matplotlib
 matplotlib.use("Agg")
@@ -7,9 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
-from rsna_helpers import core, dicom, eda
+from rsna_helpers import core, dicom, eda, explain, npy
 from rsna_helpers.phantom import dicom_bytes
 from rsna_helpers.tasks import get_task
 
@@ -142,8 +141,6 @@ def test_labels_of_a_study(tables):
     assert eda.split_table(headers, labels)["labelled studies"]["train"] == 2
     assert "2 labelled studies" in eda.plot_label_counts(labels).get_title(loc="left")
     for plot in (eda.plot_prevalence, eda.plot_heights): assert plot(headers, labels).get_title(loc="left")
-    odd = eda.oddities(headers, labels).set_index("oddity")
-    assert odd["count"]["studies without labels"] == 2 and odd.example["studies without labels"] == "c"
 
 
 def test_split_table(tables):
@@ -194,28 +191,6 @@ def test_tag_tables(tables):
     assert sorted(gaps) == [0] + [5]*9
 
 
-def test_oddities(tables):
-    labels, headers = tables
-    odd = eda.oddities(headers, labels).set_index("oddity")
-    expected = {"files that cannot be read, by their header or size": 2, "unsigned 12-bit pixels and intercept over -100": 3, "signed 12-bit pixels": 1,
-        "rows differ from columns": 1, "size other than 96 x 96": 1, "several windows in the header": 4, "several windows that differ": 3, "gantry tilted by more than 1 degree": 1,
-        "two slices at one z": 2, "studies with slices of several sizes": 1, "patients in several splits": 1, "label rows repeated": 6, "images without labels": 1,
-        "labels without images": 1, "labels that are never true": 2}
-    assert odd["count"][odd["count"] > 0].to_dict() == expected
-    assert odd.example["images without labels"] == "ID_d0" and odd.example["labels without images"] == "ID_gone" and odd.example["patients in several splits"] == "p2"
-    assert odd.example["two slices at one z"] in ("ID_b1", "ID_b2") and odd.what_then.str.len().min() > 0
-
-
-def test_oddities_of_pictures():
-    "PNG files have no tags; that is not an oddity of each of them."
-    headers = pd.DataFrame([dict.fromkeys(dicom.COLUMNS) | dict(image=f"i{k}", study="s", patient="p", split="train", format="png", rows=8, columns=8)  for k in range(3)])
-    numbers = ["n_windows", "intercept", "slope", "bits_stored", "signed", "tilt", "z", "spacing_row", "spacing_col", "file_bytes"]
-    headers[numbers] = headers[numbers].astype(float)
-    labels = pd.DataFrame(dict(abnormal=[1]), index=pd.Index(["s"], name="study"))
-    odd = eda.oddities(headers, labels)
-    assert odd["count"].sum() == 0, odd[odd["count"] > 0]
-
-
 def test_plots_show_the_counts(tables):
     labels, headers = tables
     widths = sorted(p.get_width() for p in eda.plot_label_counts(labels).patches)
@@ -227,7 +202,9 @@ def test_plots_show_the_counts(tables):
     assert len(texts) == 25 and texts[0*5 + 2] == "100%" and texts[1*5] == "-" # epidural -> intraventricular; a label nobody has
     lines = eda.plot_heights(headers, labels, bins=3).lines
     assert len(lines) == 5 and max(lines[4].get_ydata()) > 0
-    for fig in (eda.plot_sizes(headers), eda.plot_geometry(headers)):
+    sizes = eda.plot_sizes(headers)
+    assert [p.get_height() for p in sizes.axes[1].patches] == [5] and [p.get_height() for p in sizes.axes[2].patches] == [1, 2] # p1 has a and b, p2 c and t
+    for fig in (sizes, eda.plot_geometry(headers)):
         assert all(a.get_title(loc="left") and a.get_xlabel() and a.get_ylabel() for a in fig.axes)
     eda.plot_geometry(headers.assign(spacing_row=np.nan, tilt=np.nan, z=np.nan)) # nothing to count is no crash
 
@@ -239,16 +216,6 @@ def test_read_study(run, tables):
     assert stack[1].shape == (96, 88) and stack[0][48, 48] == 30
     assert eda.read_study(run, headers, "b")[0][0][0, 0] == -1000 # wrapped values are put right on the way
     with pytest.raises(ValueError, match="no study 'zzz'"): eda.read_study(run, headers, "zzz")
-
-
-def test_thumbnail_keeps_proportions():
-    t = eda.thumbnail(np.full((100, 50), 200, np.int16), "brain", 64)
-    assert t.shape == (64, 64) and (t[:, 16:48] == 255).all() and (t[:, :16] == 0).all() and (t[:, 48:] == 0).all()
-    assert eda.thumbnail(None, "brain", 32).any()
-    assert eda.thumbnail(np.full((8, 8), 40, np.int16), (40, 81), 8)[0, 0] in (127, 128, 129)
-    with pytest.raises(ValueError, match="no window 'brian'.*brain, subdural"): eda.thumbnail(HEAD, "brian")
-    t, b, l, r = eda._box(HEAD); assert abs(t - 9) <= 2 and abs(b - 88) <= 2 and abs(l - 9) <= 2 and abs(r - 88) <= 2
-    assert eda._box(np.full((40, 30), -1000, np.int16)) == (0, 40, 0, 30)
 
 
 def test_choose_images(run, tables):
@@ -263,28 +230,96 @@ def test_choose_images(run, tables):
     assert eda.healthy_image(headers[headers.study != "c"], labels, .5) is None
 
 
-def test_pictures(run, tables):
+def test_long_tails_end_in_one_bar():
+    n = pd.Series(range(1, 31), index=range(1, 31)); _, ax = plt.subplots()
+    eda._log_bars(ax, n, ["k"]*30)
+    assert [p.get_height() for p in ax.patches] == [*range(1, 12), sum(range(12, 31))] and ax.get_xticklabels()[-1].get_text() == "12+"
+
+
+def test_found_in():
+    assert eda.found_in(["a", "c", None, "a"], ["b", "a", "a", None]).tolist() == [True, False, False, True]
+    df = pd.DataFrame(dict(p=["x", "x", "y", None, None], s=["1", "2", "3", "4", "5"]))
+    assert eda.in_several(df, "p", "s").tolist() == ["x"] and eda.in_several(df, "s", "p").tolist() == []
+
+
+def test_pictures_of_a_study(run, tables):
+    "From the files and from the stack of notebook 02: the same slices, captions and frames."
     labels, headers = tables
-    ax = eda.plot_stack(run, headers, labels, "a")
-    assert len(ax.patches) == 2 and "subdural" in ax.get_title(loc="left") and [t.get_text() for t in ax.texts] == list("123456")
-    assert [t.get_text() for t in eda.plot_stack(run, headers, labels, "a", every=3).texts] == ["1", "4"]
-    eda.plot_stack(run, headers, labels, "c") # holds a file that cannot be read, and another size
+    fig = eda.plot_study(run, headers, labels, "a")
+    ax = fig.axes[0]
+    assert len(ax.patches) == 2 and "subdural" in ax.get_title(loc="left") and [t.get_text() for t in ax.texts] == list("123456") and len(fig.axes) == 3
+    assert [t.get_text() for t in eda.plot_study(run, headers, labels, "a", every=3).axes[0].texts] == ["1", "4"]
+    assert len(eda.plot_study(run, headers, labels, "c").axes) == 1 # another size, so no cuts; a file that cannot be read
+    stack, rows = eda.read_study(run, headers, "a"); captions, mark = eda.study_marks(rows, labels)
+    assert mark.tolist() == [False]*2 + [True]*2 + [False]*2 and captions[2] == "3/6\nsubdural"
+    assert eda.study_marks(eda.read_study(run, headers, "c")[1], labels)[0][2] == "3/4\nnot readable"
+    index = npy.create_npy(run, n_jobs=1); own = index[(index.study == "a") & (index.position >= 0)].sort_values("position")
+    mapped = npy.load_stack(run, "a"); again = eda.study_marks(own, labels)
+    assert again[0] == captions and again[1].tolist() == mark.tolist() and len(mapped) == len(stack)
+    assert len(explain.montage(mapped, "hist", mark=mark, captions=captions).patches) == 2
+    assert explain.make_gif(mapped, mask=mapped > 50)[:3] == b"GIF" and "data:image/png" in explain.viewer_page(mapped, mask=mapped > 50)
+
+
+def test_galleries(run, tables):
+    labels, headers = tables
     fig = eda.plot_gallery(run, headers, labels, n=2)
-    assert len(fig.axes) == 15 and sum("none in" in t.get_text() for a in fig.axes for t in a.texts) == 2
-    assert len(eda.plot_windows(BLOOD, ("brain", "bone")).axes) == 4
+    titles = [a.get_title() for a in fig.axes]
+    assert len(titles) == 15 and titles.count("none in these data") == 2 and sum("healthy" in t for t in titles) == 3
+    fig = eda.plot_random(run, headers, labels, n=5, seed=3)
+    again = eda.plot_random(run, headers, labels, n=5, seed=3)
+    assert [a.get_title() for a in fig.axes] == [a.get_title() for a in again.axes] and {a.get_title() for a in fig.axes if a.get_title()} <= {"no label", "subdural", "epidural, intraventricular"}
 
 
-def test_gif(run, tables, tmp_path):
-    _, headers = tables
-    stack, _ = eda.read_study(run, headers, "c")
-    eda.save_gif(stack, tmp_path/"c.gif", "brain", px=96, mark=[False, True, False, False])
-    assert not list(tmp_path.glob(".*part"))
-    with Image.open(tmp_path/"c.gif") as im:
-        assert im.format == "GIF" and im.size == (96, 96) and im.n_frames == 4
-        edge = []
-        for k in range(4): im.seek(k); edge.append(im.convert("RGB").getpixel((95, 95)))
-    assert edge[1][0] > 200 > edge[1][2] and len({*edge[0]}) == 1 # the frame is red on the marked image only, the rest is grey
-    noisy = [np.random.default_rng(k).integers(0, 80, (256, 256)).astype(np.int16) for k in range(20)]
-    html = eda.animate(noisy, "brain", max_kb=100).data
-    gif = base64.b64decode(re.search('base64,([^"]+)', html)[1])
-    assert len(html) < 105*1024 and Image.open(io.BytesIO(gif)).n_frames == 20
+def test_pixels_are_sampled(run, tables):
+    "Counts are those of the files; wrapped and padded values are seen as they are stored; broken files are named."
+    labels, headers = tables
+    stats, counts = eda.sample_pixels(run, headers, 100, progress=False)
+    assert len(stats) == 14 and set(stats.image) == set(headers.image[headers.error.isna()])
+    s = stats.set_index("image")
+    assert s.repaired.notna().sum() == 3 and s.family["ID_b0"] == "12 bits unsigned, intercept 0" and s.stored_high["ID_b0"] > 3000 and s.low["ID_b0"] == -1000
+    assert s.brain["ID_c0"] == np.isclose(HEAD, 30).mean() and s.brain["ID_a7"] == ((BLOOD > 0) & (BLOOD < 80)).mean()
+    wrapped = counts["12 bits unsigned, intercept 0"]
+    assert wrapped[0][3096 - explain.LOWEST] == wrapped[1][-1000 - explain.LOWEST] == 3*(HEAD == -1000).sum()
+    few = eda.sample_pixels(run, headers, 3, progress=False)[0]
+    assert len(few) == 3 and few.image.tolist() == eda.sample_pixels(run, headers, 3, progress=False)[0].image.tolist()
+    said = " ".join(eda.describe_pixels(stats))
+    assert "3 of 14 sampled files had to be repaired" in said and "0 of 14 sampled files are constant." in said and "padding" not in said
+    lines = eda.plot_brain_share(stats, labels).lines
+    assert lines[1].get_label() == "slices with a label (n = 3)" and lines[0].get_ydata()[0] == 0 and lines[0].get_ydata()[-1] <= 1
+    assert len(eda.plot_pixels(counts).axes) == 2
+    empty, none = eda.sample_pixels(run, headers[:0], 5, progress=False)
+    assert not len(empty) and len(eda.describe_pixels(empty)) == 4 and eda.plot_pixels(none).axes
+
+
+def test_padding_is_seen(run, tables, tmp_path):
+    px = np.where(RADIUS > 47, -2000, HEAD + 1024).astype("<i2"); (tmp_path/"pad.dcm").write_bytes(dicom_bytes(px, tags("p", "s", 0) | dict(SOPInstanceUID="pad"), False))
+    _, h = dicom.read_image(tmp_path/"pad.dcm")
+    row = eda._pixel_row(HEAD, eda._stored(tmp_path/"pad.dcm", h), h)
+    assert row["stored_low"] == -2000 and row["below_air"] == (RADIUS > 47).mean()
+    text = eda.describe_pixels(pd.DataFrame([row]).reindex(columns=eda._PIXELS))[0]
+    assert text.startswith("1 of 1 sampled files hold stored values below -1024 HU; the lowest are -2000")
+
+
+def test_a_million_rows_need_no_files(run, tables, monkeypatch):
+    "200,000 headers: every table and plot is drawn without a file being opened, and samples read no more than they were asked for."
+    from rsna_helpers import datasheet
+    labels, headers = tables; n = 200_000; ok = headers[headers.error.isna()].reset_index(drop=True); rng = np.random.default_rng(0)
+    big = ok.loc[np.arange(n) % len(ok)].reset_index(drop=True); big["path"] = ok.path[0]
+    big["image"] = [f"ID_{i:09x}" for i in range(n)]; big["study"] = big["series"] = pd.Series(np.arange(n)//36).map("s{}".format); big["patient"] = pd.Series(np.arange(n)//72).map("p{}".format)
+    big["z"] = np.arange(n) % 36*5.; big["sop"] = big.image; big["split"] = "train"
+    y = pd.DataFrame((rng.random((n, 6)) < .1).astype(np.int8), columns=LABELS, index=pd.Index(big.image, name="image")); y["any"] = y[LABELS[:-1]].max(axis=1)
+    reads = []; real = type(run.task).read_image
+    monkeypatch.setattr(type(run.task), "read_image", lambda self, path: reads.append(path) or real(self, path))
+    t = eda.labelled(big, y)
+    assert len(t) == n and t.height.max() == 1 and eda.split_table(big, y).images["train"] == n
+    for plot in (eda.plot_label_counts, eda.plot_labels_each, eda.plot_cooccurrence): plot(y)
+    for plot in (eda.plot_prevalence, eda.plot_heights): plot(t, y)
+    for fig in (eda.plot_sizes(big), eda.plot_geometry(big)):
+        assert sum(len(a.patches) for a in fig.axes) < 200 # bins and bars, not a mark a row
+    odd = datasheet.oddities(big, y).set_index("oddity")["count"]
+    wrong = int((big.bits_stored.eq(12) & big.signed.eq(0) & big.intercept.gt(-100)).sum())
+    assert odd["files with unsigned 12-bit pixels and an intercept over -100"] == wrong > 10_000 and odd["images at the z of another of their series"] == 0
+    assert not reads
+    assert len(eda.sample_pixels(run, big, 20, progress=False)[0]) == len(reads) == 20
+    reads.clear(); eda.plot_random(run, t, y, 6); assert len(reads) == 6
+    reads.clear(); eda.choose_images(run, t, y, 2); assert len(reads) <= 2*4*5
