@@ -1,6 +1,6 @@
 "Folds: no patient split, every label even, the same whatever the order of the rows."
 import itertools
-import time
+import json
 
 import matplotlib
 import numpy as np
@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rsna_helpers.validation import (LeakageError, _deal, _shares, _trade, audit_folds, check_no_leak, largest_deviation, make_folds,
-                                     plot_folds)
+from rsna_helpers.validation import (LeakageError, _deal, _gate, _shares, _trade, audit, audit_folds, best_possible, check_no_leak, create_folds,
+                                     deviations, evenness, import_folds, largest_deviation, link_groups, make_folds, make_holdout, plot_audit,
+                                     plot_folds, stratifiers)
 
 matplotlib.use("Agg")
 LABELS = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]
@@ -37,15 +38,12 @@ def heads(): return head_table(2000)
 # --- make_folds ---------------------------------------------------------------------------------------------------
 
 def test_at_the_size_of_the_competition():
-    "17,000 patients: within 0.3 % in a few seconds (0.2 s and 0.1 % on two cores)."
+    "17,000 patients: every label within 0.3 % by images; by patients as near as whole patients allow."
     df = head_table(17_000)
-    start = time.perf_counter()
     fold = make_folds(df, LABELS, "patient")
-    assert time.perf_counter() - start < 3
-    audit = audit_folds(df, LABELS, "patient", fold)
-    assert len(df) > 600_000 and (largest_deviation(audit) <= .003).all()
-    assert audit.groups.max() - audit.groups.min() <= 40
-    for label in LABELS: assert np.ptp(audit[f"{label}_groups"]) <= max(3, .01 * audit[f"{label}_groups"].sum())
+    assert len(df) > 600_000 and (largest_deviation(audit_folds(df, LABELS, "patient", fold)) <= .003).all()
+    even = evenness(df, LABELS, "patient", fold)
+    assert (even.reached <= even.best_possible + .0005).all() and (even.groups_reached <= even.groups_best_possible + .003).all()
 
 
 def test_series(heads):
@@ -135,9 +133,9 @@ def test_as_good_as_trying_everything(seed):
 def test_trading_only_helps(heads):
     code, keys = pd.factorize(heads.patient, sort=True)
     shares = _shares(code, heads[LABELS].to_numpy(), 5)
-    fold = _deal(shares, 5, np.arange(len(keys)))
+    fold = _deal(shares, np.ones(5), np.arange(len(keys)))
     uneven = lambda fold: sum(((shares[fold == k].sum(0) - shares.sum(0) / 5) ** 2).sum() for k in range(5))
-    assert uneven(_trade(shares, fold, 5, np.random.default_rng(0))) < .1 * uneven(fold)
+    assert uneven(_trade(shares, fold, np.ones(5), np.random.default_rng(0))) < .1 * uneven(fold)
 
 
 def test_one_patient_with_half_of_the_rows():
@@ -229,6 +227,171 @@ def test_check_no_leak():
     for missing in (None, np.nan):
         with pytest.raises(ValueError, match="groups.* is missing in 1 of 2 rows"): check_no_leak(["a", missing], [0, 1])
     assert issubclass(LeakageError, ValueError)
+
+
+def test_deviations_by_groups():
+    df = pd.DataFrame({"who": list("aabbcd"), "ill": [1, 0, 1, 1, 0, 1], "fold": [0, 0, 1, 1, 1, 0]})
+    found = deviations(audit_folds(df, ["ill"], "who", "fold"), "groups")
+    assert found.groups.tolist() == pytest.approx([2 / 3 / (4 / 6) - 1] * 2)
+    assert found.ill.tolist() == pytest.approx([2 / 2 / .75 - 1, 1 / 2 / .75 - 1])
+
+
+def test_another_seed_gives_folds_that_have_nothing_to_do_with_these(heads):
+    from sklearn.metrics import adjusted_rand_score
+    a, b = (make_folds(heads, LABELS, "patient", seed=s).groupby(heads.patient).first() for s in (1, 2))
+    assert abs(adjusted_rand_score(a, b)) < .01
+
+
+# --- what is possible ---------------------------------------------------------------------------------------------
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=7), st.integers(2, 3))
+@settings(max_examples=80, deadline=None)
+def test_no_partition_beats_the_bound(brings, n_folds):
+    total, best = sum(brings), np.inf
+    for deal in itertools.product(range(n_folds), repeat=len(brings)):
+        sums = np.bincount(deal, brings, minlength=n_folds)
+        if total: best = min(best, abs(sums * n_folds / total - 1).max())
+    assert best_possible(brings, n_folds) <= (best if total else 0) + 1e-12
+
+
+@pytest.mark.parametrize("brings, n_folds, bound", [([1] * 10, 5, 0), ([1] * 11, 5, 3 / 2.2 - 1), ([8, 1, 1, 1, 1], 2, 1 / 3), ([4, 4, 4], 5, 1), ([5] * 7, 3, 15 / (35 / 3) - 1), ([0, 0], 2, 0)])
+def test_bound_is_sharp_here(brings, n_folds, bound): assert best_possible(brings, n_folds) == pytest.approx(bound)
+
+
+def test_evenness_is_never_better_than_possible(heads):
+    for folds in (2, 5, 9):
+        even = evenness(heads, LABELS, "patient", make_folds(heads, LABELS, "patient", folds))
+        assert (even.reached >= even.best_possible - 1e-12).all() and (even.groups_reached >= even.groups_best_possible - 1e-12).all()
+    assert even.loc["rows", "positives"] == len(heads) and even.loc["any", "groups"] == heads[heads["any"] == 1].patient.nunique()
+
+
+# --- stratifiers, hold-out, given folds ---------------------------------------------------------------------------
+
+def test_stratifiers_are_spread(heads):
+    who = pd.Series(np.random.default_rng(0).choice(["GE", "Siemens", None], 2000, p=[.8, .15, .05]), index=heads.patient.unique())
+    df = heads.assign(maker=who[heads.patient].to_numpy())
+    columns = stratifiers(df, "maker")
+    assert list(columns) == ["maker=GE", "maker=Siemens", "maker=missing"] and (columns.sum(axis=1) == 1).all()
+    worst = lambda fold: largest_deviation(audit_folds(df.join(columns), [*LABELS, *columns], "patient", fold))
+    assert worst(make_folds(df, LABELS, "patient"))[list(columns)].max() > .02
+    fold = make_folds(df, LABELS, "patient", stratify=["maker"])
+    assert (worst(fold) < .02).all()
+    assert make_folds(df.iloc[::-1], LABELS, "patient", stratify="maker").loc[df.index].equals(fold)
+    with pytest.raises(ValueError, match="column 'x' has 200 values: wanted at most 50"): make_folds(TOY.loc[[10] * 200].assign(x=range(200), who=range(200)), ["ill"], "who", stratify=["x"])
+    with pytest.raises(ValueError, match="column 'bone' is not in the table"): make_holdout(heads, LABELS, "patient", stratify=["bone"])
+
+
+@pytest.mark.parametrize("share", [.03, .15, .5, .8])
+def test_holdout(heads, share):
+    held = make_holdout(heads, LABELS, "patient", share)
+    assert held.dtype == bool and abs(held.mean() - share) < .002
+    check_no_leak(heads.patient, held)
+    counts = audit_folds(heads, LABELS, "patient", held, {True: share, False: 1 - share})
+    assert (counts.rows_deviation.abs() < .01).all()
+    for label in LABELS:
+        expected = heads[label].mean() * counts.rows
+        assert ((counts[f"{label}_count"] - expected).abs() <= np.maximum(1.5, .005 * expected)).all()
+    assert make_holdout(heads.iloc[::-1], LABELS, "patient", share).loc[heads.index].equals(held)
+    assert not make_holdout(heads, LABELS, "patient", share, seed=1).equals(held)
+
+
+@pytest.mark.parametrize("share", [0, 1, -.1, 20, float("nan")])
+def test_holdout_refuses(share):
+    with pytest.raises(ValueError, match="wanted a number between 0 and 1"): make_holdout(TOY, ["ill"], "who", share)
+
+
+def test_holdout_of_less_than_a_patient():
+    with pytest.raises(ValueError, match="2 groups in 'who' are too few"): make_holdout(TOY, ["ill"], "who", .001)
+    with pytest.raises(ValueError, match="1 groups in 'who' are too few"): make_holdout(TOY.assign(who="a"), ["ill"], "who", .5)
+
+
+@pytest.fixture
+def named(heads): return heads.rename_axis("image"), make_folds(heads, LABELS, "patient")
+
+
+def test_import_folds(named, tmp_path):
+    df, fold = named
+    by_patient = fold.groupby(df.patient).first()
+    same = lambda given: pd.testing.assert_series_equal(import_folds(df, "patient", given), fold, check_dtype=False, check_names=False, check_index_type=False)
+    for given in (fold.sample(frac=1, random_state=0), by_patient.to_dict(), by_patient.reset_index(), by_patient.to_frame(), fold.rename_axis("image").reset_index(),
+                  fold.rename_axis("image").to_frame(), df.assign(fold=fold)): same(given)
+    fold.rename_axis("image").to_csv(tmp_path/"images.csv"); same(tmp_path/"images.csv")
+    df.assign(fold=fold)[["patient", "fold"]].to_csv(tmp_path/"patients.csv", index=False); same(str(tmp_path/"patients.csv"))
+    assert import_folds(df, "patient", fold.map({0: "valid"}).fillna("train")).nunique() == 2
+
+
+def test_import_folds_refuses(named, tmp_path):
+    df, fold = named
+    with pytest.raises(LeakageError, match="2000 of 2000 groups"): import_folds(df, "patient", pd.Series(np.arange(len(df)) % 5, index=df.index))
+    twice = pd.DataFrame({"patient": [*df.patient.unique(), df.patient.iloc[0]], "fold": [0] * 2000 + [1]})
+    with pytest.raises(LeakageError, match=f"{df.patient.iloc[0]} in folds 0, 1"): import_folds(df, "patient", twice)
+    with pytest.raises(ValueError, match="fold is missing in"): import_folds(df, "patient", {df.patient.iloc[0]: 1})
+    with pytest.raises(ValueError, match="wanted 'fold' and 'image' or 'patient'"): import_folds(df, "patient", pd.DataFrame({"who": [1], "fold": [1]}))
+    (tmp_path/"no.csv").write_text("image,part\n1,2\n")
+    with pytest.raises(ValueError, match="no.csv: no column fold"): import_folds(df, "patient", tmp_path/"no.csv")
+
+
+# --- who is the same, and the whole audit -------------------------------------------------------------------------
+
+def test_link_groups_is_transitive_and_knows_no_order():
+    df = pd.DataFrame({"patient": list("abcdef"), "study": [1, 1, 2, 2, None, None]})
+    assert link_groups(df, ["patient"]).tolist() == list("abcdef")
+    assert link_groups(df, ["patient", "study"]).tolist() == list("aaccef")
+    linked = link_groups(df, ["patient", "study"], [("b", "c"), ("f", "e"), ("nobody", "a")])
+    assert linked.tolist() == list("aaaaee")
+    assert link_groups(df.iloc[::-1], ["patient", "study"], [("c", "b"), ("e", "f")]).loc[df.index].equals(linked)
+    with pytest.raises(ValueError, match="'patient' is missing in 1 of 6"): link_groups(df.assign(patient=[None, *"bcdef"]), ["patient"])
+
+
+def pairs_of(df, *rows):
+    return pd.DataFrame([dict(image_a=a, image_b=b, group_a=df.patient[a], group_b=df.patient[b], distance=3, likeness=.9, identical=same) for a, b, same in rows])
+
+
+def test_audit_tells_image_level_folds(heads):
+    df = heads.assign(study=heads.patient + "." + (heads.groupby("patient").cumcount() // 25).astype(str))
+    by_image = audit(df, LABELS, "patient", np.random.default_rng(0).integers(0, 5, len(df)), ["study"])
+    assert not by_image["sound"] and "dealt by image, not by patient: 100% of the 2,000" in by_image["findings"][0]
+    by_study = audit(df, LABELS, "patient", make_folds(df, LABELS, "study"), ["study"])
+    assert not by_study["sound"] and "dealt by study, not by patient" in by_study["findings"][0] and len(by_study["findings"]) == 1
+    fold = make_folds(df, LABELS, "patient")
+    good = audit(df, LABELS, "patient", fold, ["study"])
+    assert good["sound"] and good["findings"] == [] and good["deviation"]["rows"] == largest_deviation(audit_folds(df, LABELS, "patient", fold)).to_dict()
+    fold.iloc[0] = (fold.iloc[0] + 1) % 5
+    one = audit(df, LABELS, "patient", fold)
+    assert not one["sound"] and "1 of 2,000 values of 'patient' are in more than one fold: " + df.patient.iloc[0] in one["findings"][0]
+    assert json.loads(json.dumps(good, default=int))["rows"] == len(df)
+
+
+def test_audit_of_pictures(heads):
+    fold = make_folds(heads, LABELS, "patient")
+    other, same = heads.index[fold != fold.iloc[0]][0], heads.index[(fold == fold.iloc[0]) & (heads.patient != heads.patient.iloc[0])][0]
+    counts = dict(blank=7, blank_identical=2, not_looked_at=0)
+    look = audit(heads, LABELS, "patient", fold, duplicates=(pairs_of(heads, (0, other, False), (0, same, True)), counts))
+    assert look["sound"] and look["images"]["similar_in_two_folds"] == 1 and look["images"]["identical_in_two_folds"] == 0
+    assert any("look the same" in f for f in look["findings"]) and any("2 of them equal" in f and "no leak" in f for f in look["findings"])
+    leak = audit(heads, LABELS, "patient", fold, duplicates=(pairs_of(heads, (0, other, True)), counts))
+    assert not leak["sound"] and f"0 ({heads.patient[0]}) and {other} ({heads.patient[other]})" in leak["findings"][0]
+
+
+def test_plot_audit(heads):
+    for fold, words in ((make_folds(heads, LABELS, "patient"), "Sound: no patient in two folds"), (np.arange(len(heads)) % 5, "LEAK, in more than one fold: 2,000 of 2,000 (patient)")):
+        fig = plot_audit(audit(heads, LABELS, "patient", fold))
+        assert fig._suptitle.get_text() == words and len(fig.axes) == 2
+        matplotlib.pyplot.close(fig)
+
+
+def test_gate():
+    folds = pd.DataFrame(dict(patient=["a", "b", "b"], study=[1, 2, 3], group=["a", "b", "b"], fold=[0, 1, 1]))
+    assert _gate(folds) is folds
+    with pytest.raises(LeakageError, match="'group'.*a in folds 0, 1"): _gate(folds.assign(group="a"))
+    with pytest.raises(LeakageError, match="'study'.*2 in folds 0, 1"): _gate(folds.assign(study=2))
+
+
+def test_create_folds(run):
+    folds = create_folds(run)
+    assert list(folds.columns) == ["patient", "study", "group", "fold"] and create_folds(run).equals(folds)
+    note = json.loads((run.data/"folds.json").read_text())["result"]
+    assert note["audit"]["sound"] and note["images"] == len(folds) and set(note["even"]) >= {"reached", "best_possible"}
 
 
 def test_plot(heads):
