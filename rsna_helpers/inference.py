@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import dicom
 from .baselines import baselines
 from .calibration import load_calibration
 from .core import Run, load_json, save_json, save_parquet, short_path, versions
 from .eda import prepare_tables
 from .metrics import class_report
 from .models import load_model
-from .npy import convert, load_index
+from .npy import convert, folder_headers, list_files, load_index
 from .train import compare, fit, predict_table, training_table
 
 # %% ../nbs/05_inference_submission.ipynb #fcd1ca11
@@ -31,18 +30,12 @@ log = logging.getLogger("rsna_helpers")
 def find_images(where,      # a folder (searched with its subfolders), a file, or a list of files
                ) -> list:   # paths
     "Image files in a folder: everything that is not hidden and not a table, picture or text of another kind."
-    if isinstance(where, (list, tuple, pd.Series, np.ndarray)): return [str(p) for p in where]
-    where = Path(where)
-    if where.is_file(): return [str(where)]
-    if not where.is_dir(): raise FileNotFoundError(f"{where}: there is no such file or folder")
+    files = list_files(where)
+    if not isinstance(where, (str, Path)) or Path(where).is_file(): return files
     skip = {".csv", ".txt", ".json", ".md", ".zip", ".nii", ".gz", ".parquet", ".npy", ".html", ".xml"}
-    files = sorted(str(p) for p in where.rglob("*") if p.is_file() and not p.name.startswith(".") and p.name != "DICOMDIR" and p.suffix.lower() not in skip)
+    files = [f for f in files if not (p := Path(f)).name.startswith(".") and p.name.upper() != "DICOMDIR" and p.suffix.lower() not in skip]
     if not files: raise FileNotFoundError(f"{where} holds no image files")
     return files
-
-def _names(paths: list) -> list: # a distinct name for each file: its stem, else its path
-    stems = [Path(p).name.removesuffix(".dcm") for p in paths]
-    return stems if len(set(stems)) == len(stems) else [str(p) for p in paths]
 
 # %% ../nbs/05_inference_submission.ipynb #99bc7e0a
 def predict(run: Run,             # from `core.start`
@@ -60,18 +53,18 @@ def predict(run: Run,             # from `core.start`
         p = predict_table(run, index[index.position >= 0], models, recipe)
     else:
         with tempfile.TemporaryDirectory() as tmp:
-            index = stack_images(run, find_images(images), tmp, about["stack_size"]); order = index.pop("order").sort_values().index
+            index = stack_images(run, find_images(images), tmp, about["layout"]); order = index.pop("order").sort_values().index
             p = predict_table(replace(run, data=Path(tmp)), index[index.position >= 0], models, recipe)
     if calibration and len(p): p = calibration.apply(p)
     p = fill_in(p, index.error, order, about["prior"])
     return (p, index.loc[order]) if with_index else p
 
-def stack_images(run: Run, paths: list, tmp, size: int) -> pd.DataFrame: # index of stacks in `tmp`/npy, with the order of the files
-    "Any image files as stacks, sorted to studies by their headers."
+def stack_images(run: Run, paths: list, tmp, layout: dict) -> pd.DataFrame: # index of stacks in `tmp`/npy, with the order of the files
+    "Any image files as stacks, sorted to studies by their headers and cut as the model was trained. A picture that names no study is one of its own: its neighbours in the folder may be other patients."
     many = len(paths) > 2000
-    headers = dicom.header_table(paths, progress=many, n_jobs=None if many else 1)
-    headers = headers.assign(image=_names(paths), split="test")
-    index = convert(headers, Path(tmp)/"npy", run.task.read_image, size, progress=many, n_jobs=None if many else 1).set_index("image")
+    headers = folder_headers(paths, n_jobs=None if many else 1, progress=many).assign(split="test")
+    headers["study"] = headers.study.where(headers.study.notna() | headers.series.notna(), headers.image)
+    index = convert(headers, Path(tmp)/"npy", run.task.read_image, progress=many, n_jobs=None if many else 1, **layout).set_index("image")
     return index.assign(order=pd.Series(range(len(headers)), index=headers.image))
 
 def fill_in(p: pd.DataFrame,      # predictions of the images that could be read

@@ -100,7 +100,8 @@ class KeepBest(Callback):
             self.best, self.at = loss, self.epoch
             self.state = {k: v.detach().cpu().clone() for k, v in self.learn.model.state_dict().items()}
     def after_fit(self):
-        if self.state is not None: self.learn.model.load_state_dict(self.state)
+        if self.state is None: raise FloatingPointError(f"the validation loss was never a number in {self.n_epoch} epochs: lower the learning rate of the recipe, or train in full precision")
+        self.learn.model.load_state_dict(self.state)
 
 class CPUBfloat16(Callback):
     "bfloat16 on CPUs that have it: half the time, the same result."
@@ -168,7 +169,7 @@ def fit_fold(run: Run, df: pd.DataFrame, fold: int, recipe: Recipe, folder) -> t
     learn = make_learner(run, train, df[df.fold == fold], recipe, path=folder)
     lr = recipe.lr or find_lr(learn); keep = KeepBest(recipe)
     learn.fit_one_cycle(recipe.epochs, lr, cbs=[CSVLogger(fname=f"history_fold{fold}.csv"), keep])
-    save_model(folder, fold, learn.model, recipe, labels=list(run.task.labels), task=run.task.name, stack_size=load_stack(run, df.study.iloc[0]).shape[1], prior=df[list(run.task.labels)].mean().to_dict(), versions=versions())
+    save_model(folder, fold, learn.model, recipe, labels=list(run.task.labels), task=run.task.name, layout={k: load_json(run.data/"npy.json")["facts"][k] for k in ("size", "crop", "spacing")}, prior=df[list(run.task.labels)].mean().to_dict(), versions=versions())
     oof = predict_table(run, df[df.fold == fold], [learn.model], recipe)
     return oof, dict(fold=fold, images=len(train), empty_left_out=int((df.fold != fold).sum()) - len(train), lr=lr, best_epoch=keep.at, best_valid_loss=keep.best, seconds=round(time.perf_counter() - began, 1))
 

@@ -57,6 +57,8 @@ def test_what_cannot_be_read_is_named_and_filled_with_the_prior(trained, tmp_pat
 
 def test_a_folder_of_nothing_is_an_error(trained, tmp_path):
     run, folder = trained
+    with pytest.raises(FileNotFoundError, match="holds no"): inference.predict(run, tmp_path, folder)
+    (tmp_path/"notes.txt").write_text("not an image")
     with pytest.raises(FileNotFoundError, match="no image files"): inference.predict(run, tmp_path, folder)
     with pytest.raises(FileNotFoundError, match="nowhere"): inference.predict(run, tmp_path/"nowhere", folder)
 
@@ -79,3 +81,15 @@ def test_an_id_without_a_file_is_filled_too():
     out = inference.fill_in(p, errors, ["b", "c", "a"], dict(x=.1, any=.4))
     assert out.loc["a"].tolist() == [.2, .3] and out.loc["c"].tolist() == [.1, .4]
     assert out.attrs["filled"] == {"b": "cut off", "c": "there is no such image"}
+
+
+def test_pictures_in_a_folder_are_not_taken_for_one_patient(trained, tmp_path):
+    "Each exported picture is cut to its own head; white is bone."
+    from PIL import Image
+    run, folder = trained; index = run.truth.query("split == 'test' and quirk == ''").index[:6]
+    hu = [run.task.read_image(run.raw/"stage_2_test"/f"{i}.dcm")[0] for i in index]
+    for k, h in enumerate(hu):
+        grey = np.uint8(np.clip(h, 0, 80)/80*255); Image.fromarray(np.roll(grey, 40*(k % 2), 1)).save(tmp_path/f"{k}.png")
+    p, rows = inference.predict(run, tmp_path, folder, with_index=True)
+    assert rows.study.nunique() == 6 and (rows.n_slices == 1).all() and p.notna().all().all() and not p.attrs["filled"]
+    assert p.index.tolist() == [str(k) for k in range(6)]

@@ -124,11 +124,20 @@ def test_thinned_out_slices_are_still_scored(run, table, tmp_path):
 
 def test_small_pictures_first_and_never_kept(run, table, tmp_path):
     "The sides that the network met, epoch by epoch; the kept epoch is one of full size, however good the others were."
-    recipe = replace(TINY, epochs=4, grow=((.3, 16), (.6, 24)), lr=1e-6); seen = []
+    recipe = replace(TINY, size=64, epochs=4, grow=((.3, 32), (.6, 48)), lr=1e-6); seen = []
     class Sides(train.Callback):
         order = 0
         def before_batch(self): seen.append((self.epoch, self.xb[0].shape[-1]))
     few = pd.concat([table[table.fold != 0][::6], table[table.fold == 0][::6]])
     learn = train.make_learner(run, few[few.fold != 0], few[few.fold == 0], recipe, path=tmp_path); keep = train.KeepBest(recipe)
     learn.fit_one_cycle(4, recipe.lr, cbs=[keep, Sides()])
-    assert sorted(set(seen)) == [(0, 16), (1, 24), (2, 32), (3, 32)] and keep.at >= 2
+    assert sorted(set(seen)) == [(0, 32), (1, 48), (2, 64), (3, 64)] and keep.at >= 2
+
+
+def test_a_model_that_went_to_nan_is_not_kept(run, table, tmp_path):
+    few = pd.concat([table[table.fold != 0][::6], table[table.fold == 0][::6]])
+    class Ruin(train.Callback):
+        def before_train(self):
+            with torch.no_grad(): next(self.model.parameters()).fill_(float("nan"))
+    learn = train.make_learner(run, few[few.fold != 0], few[few.fold == 0], TINY, path=tmp_path)
+    with pytest.raises(FloatingPointError, match="never a number"): learn.fit_one_cycle(1, 1e-3, cbs=[train.KeepBest(TINY), Ruin()])
