@@ -135,8 +135,9 @@ def write_hemorrhage(out,                   # folder to make; it must not exist
     part = out.with_name(out.name + ".part"); shutil.rmtree(part, ignore_errors=True)
     for split in ("train", "test"): (part/f"stage_2_{split}").mkdir(parents=True)
     plan = plan_hemorrhage(n_train, n_test, seed)
-    jobs = Parallel(n_jobs=n_jobs or os.cpu_count(), return_as="generator")(delayed(write_study)(s, part/f"stage_2_{s.split}") for s in plan.itertuples(index=False))
-    rows = [r for study in tqdm(jobs, total=len(plan), desc="phantom: studies", disable=not progress) for r in study]
+    with Parallel(n_jobs=n_jobs or os.cpu_count(), return_as="generator") as pool:
+        jobs = pool(delayed(write_study)(s, part/f"stage_2_{s.split}") for s in plan.itertuples(index=False))
+        rows = [r for study in tqdm(jobs, total=len(plan), desc="phantom: studies", disable=not progress) for r in study]
     df = pd.DataFrame(rows).sort_values("image", ignore_index=True); df["any"] = df[KINDS].max(axis=1)
     train, test = df[df.split == "train"], df[df.split == "test"]
     long = _long(train); pd.concat([long, long[:24]]).to_csv(part/"stage_2_train.csv", index=False)      # 4 images x 6 rows stand twice, as in stage 1

@@ -25,8 +25,8 @@ def run_local(job,          # function; its result is not used
     "Run a job for every item in joblib's pool."
     names = list(names); left = dict.fromkeys(names)
     try:
-        results = Parallel(n_jobs=max(min(n_jobs, len(names)), 1), return_as="generator")(delayed(job)(*args(n)) for n in names)
-        for name, _ in zip(names, results): tick(name); left.pop(name)
+        with Parallel(n_jobs=max(min(n_jobs, len(names)), 1), return_as="generator") as pool:
+            for name, _ in zip(names, pool(delayed(job)(*args(n)) for n in names)): tick(name); left.pop(name)
     except TerminatedWorkerError: pass
     return list(left)
 
