@@ -151,7 +151,7 @@ def test_broken_files(tmp_path):
     assert got["failed"] == [] and got["files"] == COUNT == got["image"] + got["refused"]
     assert got["image"] > COUNT // 20 and got["refused"] > COUNT // 4 # else nothing much was tried
     assert got["slowest"][0] < 30, got["slowest"] # seconds by the clock of a busy machine
-    assert got["megabytes"]["self"] < 1000 and got["megabytes"]["helper"] < 1000, got["megabytes"]
+    mb = got["megabytes"]; assert mb["self"] < max(1000, mb["before"] + 300) and mb["helper"] < 1000, mb    # the test process may have grown before
 
 
 if __name__ == "__main__":

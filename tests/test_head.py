@@ -43,7 +43,7 @@ def test_truth_lies_on_bright_or_settled_pixels(monkeypatch):
     for story, kind in ((bleeds._epidural, EDH), (bleeds._ventricles, IVH), (bleeds._aneurysm, SAH)):
         monkeypatch.setattr(bleeds, "STORIES", {story: 1.0}); found = 0
         for seed in range(6):
-            st = make_head(seed, True, size=128, n_sub=1, keep_masks=True); small = st.hu[:, ::2, ::2].astype(float)
+            st = make_head(seed, True, size=256, n_sub=1, keep_masks=True); small = st.hu[:, ::2, ::2].astype(float)
             blood = st.masks[:, kind] > .8; rest = (st.masks.max(1) == 0) & (small > 5) & (small < 45)
             if blood.sum() > 30: found += 1; assert np.median(small[blood]) > np.median(small[rest]) + 8, (KINDS[kind], seed)
         assert found >= 2, KINDS[kind]
