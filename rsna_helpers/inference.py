@@ -98,10 +98,11 @@ def score_held_out(run: Run, p: pd.DataFrame, index: pd.DataFrame): # report dic
 
 def submit(run: Run,           # from `core.start`
            folder=None,        # model folder; default: the one of the run's profile
+           made=None,          # what `predict(run, folder=folder, with_index=True)` gave, if it is at hand
           ) -> dict:           # report: path, images, filled, held_out
     "Predict the test set and write a checked `submission.csv`, with its report beside it."
     folder = folder or fit(run)["folder"]; expected = run.task.expected_ids(run.raw)
-    p, index = predict(run, folder=folder, with_index=True)
+    p, index = made or predict(run, folder=folder, with_index=True)
     asked = fill_in(p, index.error, expected, load_json(Path(folder)/"recipe.json")["prior"])    # ids that have no file are wanted too
     path = submission_path(run)
     run.task.write_submission(asked, path, expected); run.task.check_submission(path, expected)

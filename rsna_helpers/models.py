@@ -29,7 +29,7 @@ class Recipe:
     pretrained: bool = False        # start from ImageNet weights: a local folder, else the hub, else from scratch
     size: int = 160                 # side of the input in pixels
     grow: tuple = ((.3, 96), (.7, 128)) # smaller sides to begin with, each up to a share of the epochs: small pictures teach the rough things in less time
-    keep_empty: float = .2          # share of the training images with hardly any brain that is used
+    keep_empty: float = .1          # share of the training images with hardly any brain that is used
     windows: tuple = ((40, 80), (30, 40), (60, 40))     # (center, width) in HU, one channel each: brain, its darker and its brighter half
     epochs: int = 14
     batch_size: int = 32

@@ -130,8 +130,10 @@ def test_small_pictures_first_and_never_kept(run, table, tmp_path):
         def before_batch(self): seen.append((self.epoch, self.xb[0].shape[-1]))
     few = pd.concat([table[table.fold != 0][::6], table[table.fold == 0][::6]])
     learn = train.make_learner(run, few[few.fold != 0], few[few.fold == 0], recipe, path=tmp_path); keep = train.KeepBest(recipe)
-    learn.fit_one_cycle(4, recipe.lr, cbs=[keep, Sides()])
+    learn.fit_one_cycle(4, recipe.lr, cbs=[keep, Sides(), train.CSVLogger(fname="history.csv")])
     assert sorted(set(seen)) == [(0, 32), (1, 48), (2, 64), (3, 64)] and keep.at >= 2
+    history = pd.read_csv(tmp_path/"history.csv")
+    assert history.valid_loss.isna().tolist() == [True, True, False, False] and history.train_loss.notna().all()
 
 
 def test_a_model_that_went_to_nan_is_not_kept(run, table, tmp_path):
