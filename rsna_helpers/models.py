@@ -28,10 +28,10 @@ class Recipe:
     backbone: str = "resnet10t"     # any name of `timm.list_models()`
     pretrained: bool = False        # start from ImageNet weights: a local folder, else the hub, else from scratch
     size: int = 160                 # side of the input in pixels
-    grow: tuple = ((.35, 96), (.75, 128)) # smaller sides to begin with, each up to a share of the epochs: small pictures teach the rough things in less time
-    keep_empty: float = .1          # share of the training images with hardly any brain that is used
+    grow: tuple = ((.3, 96), (.7, 128)) # smaller sides to begin with, each up to a share of the epochs: small pictures teach the rough things in less time
+    keep_empty: float = .2          # share of the training images with hardly any brain that is used
     windows: tuple = ((40, 80), (30, 40), (60, 40))     # (center, width) in HU, one channel each: brain, its darker and its brighter half
-    epochs: int = 13
+    epochs: int = 14
     batch_size: int = 32
     lr: float = 2e-3                # peak of one-cycle; None: found by `lr_find`
     weight_decay: float = .05
