@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
+import common
 from rsna_helpers.validation import audit_folds, evenness, largest_deviation, make_folds
 
 FIVE = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural"]
@@ -109,17 +110,14 @@ def page(rows, even, facts) -> str: # the Markdown page
     seeds = rows.seed.nunique()
     worst = rows.groupby("method", sort=False).max(numeric_only=True)
     time_of = rows.groupby("method", sort=False)[["wall", "cpu"]].median()
-    version = lambda p: metadata.version(p) if p not in missing else "not installed"
-    missing = [p for p in ("iterative-stratification",) if "MultilabelStratifiedKFold on patients" not in worst.index]
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()) if Path("/proc/cpuinfo").is_file() else platform.processor()
     pct = lambda v: f"{v:.3%}"
     percent = lambda kind, unit: table(["largest deviation", unit, *LABELS], [[m, *(pct(worst.loc[m, f"{kind}:{c}"]) for c in ["rows" if kind == "rows" else "groups", *LABELS])] for m in worst.index])
     e = pd.concat(even).groupby(level=0, sort=False).max()
     return "\n".join([
         "# Folds", "", f"Made by `python benchmarks/folds.py`: {IMAGES:,} images × {len(LABELS)} labels, {PATIENTS:,} patients, 5 folds, {seeds} tables with seeds 0 to {seeds - 1}. The same rows and seeds for all. "
         "Of each deviation the worst fold of the worst seed is given, of the times the median.", "",
-        f"Machine: {cpu}, {os.cpu_count()} cores, {platform.system()}. Load average at the end {os.getloadavg()[0]:.1f}; the CPU time is what a free core would need. Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in ("numpy", "pandas", "scikit-learn", "iterative-stratification")) + ".", "",
+        f"Machine: {common.machine()['cpu']}, {os.cpu_count()} cores, {platform.system()}. Load average at the end {os.getloadavg()[0]:.1f}; the CPU time is what a free core would need. Python {platform.python_version()}, "
+        + ", ".join(f"{p} {common.version(p)}" for p in ("numpy", "pandas", "scikit-learn", "iterative-stratification")) + ".", "",
         "## Time", "", *table(["", "wall, s", "CPU, s"], [[m, f"{t.wall:.2f}", f"{t.cpu:.2f}"] for m, t in time_of.iterrows()]), "",
         "## Evenness by images", "", "Fold size, and prevalence of each label among the images of a fold, against the whole table.", "", *percent("rows", "fold size"), "",
         "## Evenness by patients", "", "Number of patients a fold (against its share of the images), and share of patients with the label.", "", *percent("groups", "patients"), "",

@@ -130,7 +130,7 @@ def _harden(hu, r: Recipe): # brain near bone a little brighter or darker, as be
     return torch.where((hu > -50) & (hu < 150), hu + near, hu)
 
 def _export(hu, r: Recipe): # a share of the pictures as somebody else saved them: a window, the gamma of some screen, fewer pixels
-    share = r.export; n = round(share*len(hu)) if len(hu) > 1 else int(torch.rand(1) < share)
+    n = round(r.export*len(hu)) if len(hu) > 1 else int(torch.rand(1) < r.export)
     if not n: return hu
     which = torch.randperm(len(hu))[:n].to(hu.device); x = hu[which]; col = lambda low, high: _uniform(n, low, high, x).view(-1, 1, 1, 1)
     x = ((x - col(32, 48))/col(70, 120) + .5).clamp(0, 1)**torch.exp(col(-.25, .25))*80                           # read back as if it had been 0..80 HU

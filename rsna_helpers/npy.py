@@ -174,8 +174,8 @@ def create_npy(run: Run,             # from `core.start`
     with stage(run, "npy", facts) as s:
         if s["done"] and (index := _whole(folder)) is not None: return index
         s["done"] = False
-        index = convert(headers, folder, run.task.read_image, made.pop("size"), made.pop("crop"), n_jobs, progress, cluster=cluster, root=run.raw, windows=windows,
-                        free=free_space(folder, run.platform == "kaggle"), **{k: v for k, v in made.items()})
+        index = convert(headers, folder, run.task.read_image, n_jobs=n_jobs, progress=progress, cluster=cluster, root=run.raw, windows=windows,
+                        free=free_space(folder, run.platform == "kaggle"), **made)
         s["result"] = summary(index)
     return index
 
@@ -184,11 +184,14 @@ def _whole(folder): # the index, if every stack that it names is there
     index = _plain_text(pd.read_parquet(folder/"index.parquet")); there = {e.name for e in os.scandir(folder)}
     return index if all(f"{s}.npy" in there for s in index.study[index.position >= 0].unique()) else None
 
+def _flags(index: pd.DataFrame) -> pd.Series: # a row for each flag in `notes`, index of `index`
+    flags = index.notes.str.split(";").explode().str.strip()
+    return flags[flags != ""]
+
 def summary(index: pd.DataFrame) -> dict: # counts that nothing may escape
     "Totals of an index: images, studies, failures, flags, repairs."
-    notes = index.notes.str.split(";").explode().str.strip()
     return dict(images=len(index), studies=int(index.study.nunique()), stacked=int((index.position >= 0).sum()), not_read=int((index.position < 0).sum()),
-                repaired=int(index.repaired.notna().sum()), **{f: int(n) for f, n in notes[notes != ""].value_counts().items()})
+                repaired=int(index.repaired.notna().sum()), **{f: int(n) for f, n in _flags(index).value_counts().items()})
 
 # %% ../nbs/02_create_npy.ipynb #660a5aad
 def load_index(run: Run) -> pd.DataFrame: # a row an image
@@ -208,7 +211,7 @@ def load_stack(run,            # from `core.start`, or a folder of stacks
 def oddities(index: pd.DataFrame,  # from `create_npy` or `convert_folder`
             ) -> pd.DataFrame:     # what -> kind, images, studies, an example
     "All that is out of the ordinary: flags, repairs and failures, counted."
-    parts = [("flag", (f := index.notes.str.split(";").explode().str.strip())[f != ""]), ("repaired", index.repaired), ("not read", index.error)]
+    parts = [("flag", _flags(index)), ("repaired", index.repaired), ("not read", index.error)]
     t = pd.concat([s.dropna().rename("what").to_frame().assign(kind=k) for k, s in parts]).join(index[["image", "study"]])
     t["what"] = t.what.str.replace(r"\d+ ?%", "x%", regex=True).str.replace(r"\d+ of \d+ bytes", "x of y bytes", regex=True)
     return t.groupby(["kind", "what"]).agg(images=("image", "size"), studies=("study", "nunique"), example=("image", "first")).sort_values(["kind", "images"], ascending=[True, False])

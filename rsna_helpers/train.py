@@ -180,9 +180,9 @@ def fit_fold(run: Run, df: pd.DataFrame, fold: int, recipe: Recipe, folder) -> t
     began = time.perf_counter(); seed_everything(run.seed + fold); Path(folder).mkdir(parents=True, exist_ok=True)
     train = thin_out(df[df.fold != fold], recipe.keep_empty, run.seed + fold)
     learn = make_learner(run, train, df[df.fold == fold], recipe, path=folder)
-    lr = recipe.lr or find_lr(learn); keep = KeepBest(recipe)
+    lr = recipe.lr or find_lr(learn); keep = KeepBest(recipe); made = load_json(run.data/"npy.json")["facts"]
     learn.fit_one_cycle(recipe.epochs, lr, cbs=[CSVLogger(fname=f"history_fold{fold}.csv"), keep])
-    save_model(folder, fold, learn.model, recipe, labels=list(run.task.labels), task=run.task.name, layout={k: load_json(run.data/"npy.json")["facts"][k] for k in ("size", "crop", "spacing")}, prior=df[list(run.task.labels)].mean().to_dict(), versions=versions())
+    save_model(folder, fold, learn.model, recipe, labels=list(run.task.labels), task=run.task.name, layout={k: made[k] for k in ("size", "crop", "spacing")}, prior=df[list(run.task.labels)].mean().to_dict(), versions=versions())
     oof = predict_table(run, df[df.fold == fold], [learn.model], recipe)
     return oof, dict(fold=fold, images=len(train), empty_left_out=int((df.fold != fold).sum()) - len(train), lr=lr, best_epoch=keep.at, best_valid_loss=keep.best, seconds=round(time.perf_counter() - began, 1))
 
