@@ -22,8 +22,8 @@ install: $(VENV)/.installed
 run: $(VENV)/.installed
 	@mkdir -p $(OUT)
 	@set -e; for nb in $(NOTEBOOKS); do name=$$(basename $$nb .ipynb); echo "== $$name"; \
-	  PYTHONWARNINGS=ignore::FutureWarning,ignore::DeprecationWarning RSNA_TASK=$(TASK) $(BIN)/papermill --cwd nbs --kernel python3 --progress-bar --log-level WARNING $$nb $(OUT)/$$name.ipynb; \
-	  $(BIN)/jupyter nbconvert --log-level WARN --to html $(OUT)/$$name.ipynb; done
+	  PYTHONWARNINGS=ignore::FutureWarning,ignore::DeprecationWarning RSNA_TASK=$(TASK) $(BIN)/papermill --cwd nbs --kernel python3 --progress-bar --log-level WARNING $$nb $(OUT)/$$name.ipynb; done
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html $(OUT)/0*.ipynb
 	@RSNA_TASK=$(TASK) $(BIN)/python -c "from rsna_helpers.core import start; from rsna_helpers.inference import print_summary; print_summary(start(verbose=False))"
 	@echo "notebooks: $$(ls -d $(OUT)/0*.html | tr '\n' ' ')"
 
