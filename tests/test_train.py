@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rsna_helpers import models, train
-from rsna_helpers.models import RECIPES, Inputs, Recipe
+from rsna_helpers import learner, models, train
+from rsna_helpers.inputs import Inputs
+from rsna_helpers.loaders import StackImages
+from rsna_helpers.recipes import RECIPES, Recipe
 from rsna_helpers.validation import LeakageError
 
 TINY = replace(RECIPES["test"], name="tiny", size=32, batch_size=16)
@@ -32,7 +34,7 @@ def test_a_patient_on_both_sides_stops_the_run(run, table):
     rows = table.index[table.patient == patient]; leaky.loc[rows[:3], "fold"] = (table.fold[rows[0]] + 1) % 5
     for fold in {table.fold[rows[0]], (table.fold[rows[0]] + 1) % 5}:
         with pytest.raises(LeakageError, match=patient):
-            train.make_learner(run, leaky[leaky.fold != fold], leaky[leaky.fold == fold], TINY)
+            learner.make_learner(run, leaky[leaky.fold != fold], leaky[leaky.fold == fold], TINY)
 
 
 def test_folds_on_disk_that_leak_are_refused(run, tmp_path):
@@ -46,7 +48,7 @@ def test_folds_on_disk_that_leak_are_refused(run, tmp_path):
 
 def test_loss_is_the_score(run):
     rng = np.random.default_rng(0); y = (rng.random((64, 6)) < .3).astype(float); logits = rng.normal(size=(64, 6))
-    loss = train.WeightedBCE(run.task.class_weights)
+    loss = learner.WeightedBCE(run.task.class_weights)
     assert loss(torch.tensor(logits), torch.tensor(y)).item() == pytest.approx(run.task.score(y, 1/(1 + np.exp(-logits))), rel=1e-5)
 
 
@@ -84,7 +86,7 @@ def test_report_stands_beside_baselines(trained):
 
 
 def test_loaders_keep_order_and_values(run, table):
-    ds = train.StackImages(run, table, run.task.labels)
+    ds = StackImages(run, table, run.task.labels)
     for i in (0, len(ds)//2, len(ds) - 1):
         hu, y = ds[i]; r = table.iloc[i]
         assert hu.dtype == torch.int16 and hu.shape[0] == 1 and y.tolist() == r[list(run.task.labels)].tolist()
@@ -125,11 +127,11 @@ def test_thinned_out_slices_are_still_scored(run, table, tmp_path):
 def test_small_pictures_first_and_never_kept(run, table, tmp_path):
     "The sides that the network met, epoch by epoch; the kept epoch is one of full size, however good the others were."
     recipe = replace(TINY, size=64, epochs=4, grow=((.3, 32), (.6, 48)), lr=1e-6); seen = []
-    class Sides(train.Callback):
+    class Sides(learner.Callback):
         order = 0
         def before_batch(self): seen.append((self.epoch, self.xb[0].shape[-1]))
     few = pd.concat([table[table.fold != 0][::6], table[table.fold == 0][::6]])
-    learn = train.make_learner(run, few[few.fold != 0], few[few.fold == 0], recipe, path=tmp_path); keep = train.KeepBest(recipe)
+    learn = learner.make_learner(run, few[few.fold != 0], few[few.fold == 0], recipe, path=tmp_path); keep = learner.KeepBest(recipe)
     learn.fit_one_cycle(4, recipe.lr, cbs=[keep, Sides(), train.CSVLogger(fname="history.csv")])
     assert sorted(set(seen)) == [(0, 32), (1, 48), (2, 64), (3, 64)] and keep.at >= 2
     history = pd.read_csv(tmp_path/"history.csv")
@@ -138,8 +140,8 @@ def test_small_pictures_first_and_never_kept(run, table, tmp_path):
 
 def test_a_model_that_went_to_nan_is_not_kept(run, table, tmp_path):
     few = pd.concat([table[table.fold != 0][::6], table[table.fold == 0][::6]])
-    class Ruin(train.Callback):
+    class Ruin(learner.Callback):
         def before_train(self):
             with torch.no_grad(): next(self.model.parameters()).fill_(float("nan"))
-    learn = train.make_learner(run, few[few.fold != 0], few[few.fold == 0], TINY, path=tmp_path)
-    with pytest.raises(FloatingPointError, match="never a number"): learn.fit_one_cycle(1, 1e-3, cbs=[train.KeepBest(TINY), Ruin()])
+    learn = learner.make_learner(run, few[few.fold != 0], few[few.fold == 0], TINY, path=tmp_path)
+    with pytest.raises(FloatingPointError, match="never a number"): learn.fit_one_cycle(1, 1e-3, cbs=[learner.KeepBest(TINY), Ruin()])
