@@ -891,4 +891,5 @@ d = { 'settings': { 'branch': 'main',
                                       'rsna_helpers.workers.run_dask': ('helpers/workers.html#run_dask', 'rsna_helpers/workers.py'),
                                       'rsna_helpers.workers.run_local': ('helpers/workers.html#run_local', 'rsna_helpers/workers.py'),
                                       'rsna_helpers.workers.run_with_care': ( 'helpers/workers.html#run_with_care',
-                                                                              'rsna_helpers/workers.py')}}}
+                                                                              'rsna_helpers/workers.py'),
+                                      'rsna_helpers.workers.worker_pool': ('helpers/workers.html#worker_pool', 'rsna_helpers/workers.py')}}}

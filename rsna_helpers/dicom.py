@@ -11,7 +11,7 @@ import math, os
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, cpu_count, delayed
+from joblib import cpu_count, delayed
 from PIL import Image
 from pydicom.uid import UID
 from tqdm.auto import tqdm
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from . import codecs
 from .header import _UNDEFINED, KEYS, NATIVE, DicomError, _faults, _inflate, open_header, read_header
 from .hounsfield import AIR, _quick, _to_hu, fix_intercept
+from .workers import worker_pool
 
 # %% ../nbs/helpers/dicom.ipynb #f496404c
 _all_ = ["AIR", "KEYS", "DicomError", "fix_intercept", "read_header"]
@@ -272,7 +273,7 @@ def header_table(paths, # DICOM, PNG or JPEG files
     jobs = cpu_count() if n_jobs is None else n_jobs
     few = len(paths) < 2000 # starting workers takes longer than reading so few
     share, block = 100, 100 * 128
-    with Parallel(n_jobs=1 if few else jobs) as pool, tqdm(total=len(paths), disable=not progress, desc="headers") as bar:
+    with worker_pool(1 if few else jobs) as pool, tqdm(total=len(paths), disable=not progress, desc="headers") as bar:
         for at in range(0, len(paths), block):
             part = paths[at:at + block]
             done = pool(delayed(_rows)(part[i:i + share]) for i in range(0, len(part), share))
@@ -297,4 +298,4 @@ def decoder_table(paths, # DICOM, PNG or JPEG files
                  ) -> pd.DataFrame: # one row a file: path, syntax, encoding (its name), backend, ok, error
     "Read the pixels of every file, and say who decoded them or why nobody could. A bad file never raises."
     if isinstance(paths, (str, os.PathLike)): raise TypeError(f"paths must be a list of files, got the single path {os.fspath(paths)!r}")
-    return pd.DataFrame(Parallel(n_jobs=n_jobs)(delayed(_decoded)(p) for p in paths), columns=["path", "syntax", "encoding", "backend", "ok", "error"])
+    return pd.DataFrame(worker_pool(n_jobs)(delayed(_decoded)(p) for p in paths), columns=["path", "syntax", "encoding", "backend", "ok", "error"])

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pydicom
-from joblib import Parallel, delayed
+from joblib import delayed
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from tqdm.auto import tqdm
 
 from .head import KINDS, make_head
+from .workers import worker_pool
 
 # %% ../nbs/helpers/phantom.ipynb #b2a075ea
 QUIRKS = ["wrong_intercept", "signed12", "intercept_-1000", "nonsquare", "same_z", "constant", "empty", "truncated"]
@@ -135,7 +136,7 @@ def write_hemorrhage(out,                   # folder to make; it must not exist
     part = out.with_name(out.name + ".part"); shutil.rmtree(part, ignore_errors=True)
     for split in ("train", "test"): (part/f"stage_2_{split}").mkdir(parents=True)
     plan = plan_hemorrhage(n_train, n_test, seed)
-    with Parallel(n_jobs=n_jobs or os.cpu_count(), return_as="generator") as pool:
+    with worker_pool(n_jobs or os.cpu_count(), return_as="generator") as pool:
         jobs = pool(delayed(write_study)(s, part/f"stage_2_{s.split}") for s in plan.itertuples(index=False))
         rows = [r for study in tqdm(jobs, total=len(plan), desc="phantom: studies", disable=not progress) for r in study]
     df = pd.DataFrame(rows).sort_values("image", ignore_index=True); df["any"] = df[KINDS].max(axis=1)
