@@ -173,7 +173,7 @@ def calibration_gain(y,                # truth of out-of-fold rows, (n, labels),
                      n_boot: int = 1000, # resamples for the interval
                      seed: int = 42,   # seed of halves and resamples
                      min_positives: int = None, # as `fit_calibration`
-                    ) -> pd.DataFrame: # a row a label: before, after, difference (negative is better), low, high, ece_before, ece_after, helps
+                    ) -> pd.DataFrame: # a row a label: before, after, difference (negative is better), low, high, ece_before, ece_after, fitted (or too few positives), helps
     "Log loss before and after, on parts that did not fit the calibration. `helps`: is the whole interval below 0?"
     code = group_codes(y, groups)[0]
     after = cross_calibrated(y, p, groups, fold, method, labels, seed, min_positives)
@@ -181,7 +181,9 @@ def calibration_gain(y,                # truth of out-of-fold rows, (n, labels),
     pair = paired_report(y, p, after, labels, code, score_rows, n_boot, seed)
     out = pair[[f"log_loss_{c}" for c in ("a", "b", "difference", "low", "high")]].set_axis(["before", "after", "difference", "low", "high"], axis=1)
     for name, q in (("ece_before", p), ("ece_after", after)): out[name] = pd.Series([expected_calibration_error(*pair) for pair in zip(y.T, q.T)], labels)
-    return out.assign(helps=out.high < 0)
+    part = cross_parts(code, by_row("fold", fold, y), seed); wanted = MIN_POSITIVES[method] if min_positives is None else max(1, min_positives)
+    fitted = {l: any(_carriers(column[part != k], code[part != k]) >= wanted for k in np.unique(part)) for l, column in zip(labels, y.T)}
+    return out.assign(fitted=[fitted.get(l, any(fitted.values())) for l in out.index], helps=out.high < 0)
 
 # %% ../nbs/helpers/calibration.ipynb #803f95d4
 def choose_calibration(y, p, groups=None, fold=None, labels=None, score_rows=None, methods=METHODS, n_boot: int = 1000, seed: int = 42) -> tuple: # (Calibration fitted on all rows, or None; DataFrame: `calibration_gain` of each method)
