@@ -37,7 +37,8 @@ class Recipe:
     pool: str = "catavgmax"         # how the last map becomes a vector: the mean sees the head, the maximum finds a small bleed
     folds: tuple = (0,)             # which folds are trained
     n_folds: int = 5
-    rotate: float = 15.             # augmentation: degrees, either way
+    flip: float = .5                # augmentation: share of the pictures that is mirrored left to right
+    rotate: float = 15.             # degrees, either way
     zoom: float = .15               # share, either way
     shift: float = .05              # share of the side, either way
     stretch: float = .05            # share, one axis against the other

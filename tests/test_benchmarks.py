@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]; FOLDER = ROOT/"benchmarks"
 def bench():
     "The scripts as modules; they import one another as scripts do."
     sys.path.insert(0, str(FOLDER))
-    import common, conversion, files, headers, memory, scaling
-    yield dict(common=common, conversion=conversion, files=files, headers=headers, memory=memory, scaling=scaling)
+    import common, conversion, files, headers, loader, memory, scaling
+    yield dict(common=common, conversion=conversion, files=files, headers=headers, loader=loader, memory=memory, scaling=scaling)
     sys.path.remove(str(FOLDER))
-    for m in ("common", "conversion", "files", "headers", "memory", "scaling"): sys.modules.pop(m)
+    for m in ("common", "conversion", "files", "headers", "loader", "memory", "run", "scaling"): sys.modules.pop(m, None)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +106,24 @@ def test_every_requirements_line_is_an_extra(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **k: got.update(k)); runpy.run_path(str(ROOT/"setup.py"))
     assert set(got["extras_require"]) >= {"dev", "bench"} and any(r.startswith("monai") for r in got["extras_require"]["bench"])
     assert not any(r.startswith("monai") for r in got["install_requires"])
+
+
+def test_every_way_of_the_loader_benchmark_counts_its_images(bench, tmp_path):
+    import torch
+    b = bench["loader"]; b.write_images(tmp_path, 2, 4); cores = torch.get_num_threads(); args = dict(folder=str(tmp_path), epoch=9, cores=cores)
+    assert len(b.table_of(tmp_path, 9)) == 72
+    for augment in (True, False):
+        assert {k: b.WAYS[k](**args, augment=augment)() for k in ("stacks_0", "whole_0", "pngs_0")} == dict(stacks_0=64, whole_0=64, pngs_0=64)
+    for source in ("loader", "hu", "channels"):
+        job = b.make_training(source, tmp_path, 9, "cpu", b.replace(b.small(), size=32, backbone="test_resnet"))
+        assert job() == 64 and 0 <= float(job.note) < 1
+
+
+def test_rows_of_the_loader_benchmark_say_whether_targets_are_met(bench):
+    b = bench["loader"]; f = lambda rate, note="": dict(rate=rate, note=note, peak_mb=1, child_mb=2)
+    rows = b.iterating_rows("same augmentation", {k: f(v) for k, v in dict(pngs_0=100, stacks_0=310, whole_0=250, pngs_2=100, stacks_2=290, whole_2=200).items()})
+    assert [r["result"] for r in rows] == ["", "ours ÷ fastai 3.10 ×, met", "ours ÷ fastai 2.50 ×", "", "ours ÷ fastai 2.90 ×, MISSED", "ours ÷ fastai 2.00 ×"]
+    rows = b.training_rows("x", dict(loader=f(85, ".06"), hu=f(100), channels=f(120)))
+    assert [r["result"] for r in rows] == ["waits 6.0%, MISSED", "the loader 0.85 ×, MISSED", "the loader 0.71 ×"]
+    rows = b.iterating_rows("as stored", {k: f(1) if "png" not in k else dict(error="gone") for k in ("pngs_0", "stacks_0", "pngs_2", "stacks_2")})
+    assert rows[0]["images/s"] == "gone" and rows[1]["result"] == rows[1]["target"] == ""

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from rsna_helpers import learner, models, train
-from rsna_helpers.inputs import Inputs
-from rsna_helpers.loaders import StackImages
 from rsna_helpers.recipes import RECIPES, Recipe
 from rsna_helpers.validation import LeakageError
 
@@ -83,24 +81,6 @@ def test_report_stands_beside_baselines(trained):
     assert {"normal", *run.task.labels} == set(report["classes"]) and "chose the epoch" in report["warning"]
     for s in report["scores"].values(): assert s["low"] <= s["log_loss"] <= s["high"]
     assert Path(folder, "report.json").is_file()
-
-
-def test_loaders_keep_order_and_values(run, table):
-    ds = StackImages(run, table, run.task.labels)
-    for i in (0, len(ds)//2, len(ds) - 1):
-        hu, y = ds[i]; r = table.iloc[i]
-        assert hu.dtype == torch.int16 and hu.shape[0] == 1 and y.tolist() == r[list(run.task.labels)].tolist()
-        np.testing.assert_array_equal(hu[0], np.load(run.data/"npy"/f"{r.study}.npy")[r.position])
-
-
-def test_inputs_are_plain_when_predicting_and_augmented_when_training():
-    r = replace(RECIPES["quick"], size=64); hu = torch.randint(-1000, 1500, (2, 1, 64, 64), dtype=torch.int16); inputs = Inputs(r)
-    inputs.eval(); a = inputs(hu)
-    assert a.shape == (2, len(r.windows), 64, 64) and torch.equal(a, inputs(hu)) and torch.equal(inputs(hu, "flip"), a.flip(-1))
-    expected = ((hu.float() - r.windows[0][0])/(r.windows[0][1]/2)).clamp(-1, 1)
-    torch.testing.assert_close(a[:, :1], expected)
-    inputs.train(); torch.manual_seed(0); b = inputs(hu); torch.manual_seed(0)
-    assert not torch.allclose(a, b) and torch.equal(b, inputs(hu))
 
 
 def test_recipes_are_known_to_timm_and_come_back_from_json():
