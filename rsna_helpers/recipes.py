@@ -55,8 +55,10 @@ class Recipe:
     head_width: int = 128           # units a direction
     head_layers: int = 2
     head_drop: float = .3
-    head_epochs: int = 30
+    head_batch: int = 16            # studies at a time
+    head_epochs: int = 15
     head_lr: float = 1e-3
+    head_ordered: bool = True       # do the images follow each other? False for views of an X-ray: no neighbours, no distance, "attention" or "mean" only
     head_keep: float = .8           # share of the images of a study that is shown in a step of training; each step draws anew
     tta: tuple = ("as is", "flip", "turn", "turn flip")     # views that are averaged when predicting: mirrored, turned by 8 degrees
 
