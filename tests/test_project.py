@@ -34,7 +34,7 @@ def test_module_keeps_the_rules(path):
 
 
 def test_imports_run_one_way():
-    order = ["metrics", "header", "codecs", "hounsfield", "workers", "dicom", "storage", "stacks", "tasks", "anatomy", "bleeds", "head", "phantom", "core", "explain", "eda", "datasheet", "npy", "duplicates", "validation", "calibration", "evaluation", "baselines", "recipes", "inputs", "models", "loaders", "learner", "train", "inference"]
+    order = ["metrics", "header", "codecs", "hounsfield", "workers", "dicom", "storage", "stacks", "tasks", "anatomy", "bleeds", "head", "phantom", "core", "explain", "eda", "datasheet", "npy", "variants", "duplicates", "validation", "calibration", "evaluation", "baselines", "recipes", "inputs", "networks", "models", "loaders", "learner", "train", "inference", "experiments"]
     for m in order:
         used = set(re.findall(r"from (?:rsna_helpers)?\.(\w+) import", (ROOT/"rsna_helpers"/f"{m}.py").read_text()))
         later = {u for u in used - {m} if order.index(u) >= order.index(m)}
@@ -48,6 +48,6 @@ def test_package_imports_without_nbdev():
 
 def test_converting_needs_no_torch():
     "A worker that turns images into stacks must stay small: torch alone takes 500 MB."
-    code = "import sys, rsna_helpers.npy; print([m for m in ('torch', 'fastai', 'timm') if m in sys.modules])"
+    code = "import sys, rsna_helpers.npy, rsna_helpers.variants; print([m for m in ('torch', 'fastai', 'timm') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == "[]", out.stderr[-500:]
