@@ -42,9 +42,10 @@ def other_stacks(run: Run,
                 ) -> tuple:         # (a run whose stacks are these, `df` with the place of each image in them)
     "The studies of a table as uncropped stacks, at the size of the run's own. What is there is not made again. Raises `ValueError` for an image that got no place."
     if name not in ("own window", "uncropped"): raise ValueError(f"there are no stacks {name!r}; there are 'own window' and 'uncropped'")
-    there = replace(run, data=run.data/"other_stacks"/name.replace(" ", "_")); index, headers = load_index(run), prepare_tables(run)[1]
+    studies = sorted(df.study.unique()); index, headers = load_index(run), prepare_tables(run)[1]
+    there = replace(run, data=run.data/"other_stacks"/f"{name.replace(' ', '_')}-{fingerprint(studies)}")      # a folder holds what was asked for: other studies, another folder
     layout = dict(size=load_json(run.data/"npy.json")["facts"]["size"], crop=False, min_brain_share=0.)
-    wanted = index.image[index.study.isin(df.study) & (index.split == "train")]
+    wanted = index.image[index.study.isin(studies) & (index.split == "train")]
     made = convert(headers[headers.image.isin(wanted) & (headers.split == "train")], there.data/"npy", OwnWindow(run.task) if name == "own window" else run.task.read_image, root=run.raw, **layout)
     save_json(dict(facts=layout | dict(spacing=None, stacks=name, files=fingerprint(made[["image", "study", "position"]]))), there.data/"npy.json")
     place = made.set_index("image").reindex(df.index)
