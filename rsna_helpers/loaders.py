@@ -104,7 +104,7 @@ def draw_weights(y,                 # (n, labels) 0/1
 # %% ../nbs/helpers/loaders.ipynb #c563f733
 def make_dls(run: Run, train: pd.DataFrame, valid: pd.DataFrame, recipe: Recipe) -> DataLoaders:
     "Loaders over memory-mapped stacks: shuffled for training (drawn by `draw_weights` if `recipe.balance` is 'sample'), in the order of the table for validation."
-    if recipe.balance not in ("none", "sample", "weight"): raise ValueError(f"balance={recipe.balance!r}: 'none', 'sample' or 'weight' is wanted")
+    if recipe.balance not in ("none", "sample", "weight"): raise ValueError(f"recipe {recipe.name}: balance={recipe.balance!r}: 'none', 'sample' or 'weight' is wanted")
     if len(train) < recipe.batch_size: raise ValueError(f"{len(train)} images to train on make no batch of {recipe.batch_size}")
     ds = [StackImages(run, df, run.task.labels, recipe.neighbours) for df in (train, valid)]
     weights = draw_weights(ds[0].y).tolist() if recipe.balance == "sample" else None

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from . import networks  # registers its networks with timm
 from .heads import StudyHead
 from .inputs import Inputs
 from .recipes import Recipe

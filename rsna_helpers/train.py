@@ -11,18 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastai.callback.progress import CSVLogger
 
 from .baselines import baselines
 from .calibration import choose_calibration, save_calibration
-from .core import Run, fingerprint, load_json, save_parquet, seed_everything, stage, versions
+from .core import Run, fingerprint, load_json, save_parquet, stage, versions
 from .eda import prepare_tables
 from .evaluation import choose_thresholds, data_facts, fold_facts, report_figures, write_report
-from .learner import KeepBest, find_lr, make_learner
+from .learner import fit_encoder
 from .metrics import class_report, matched_auc, position_strata, rank_auc, score_interval
 from .models import predict_stack, save_model
 from .npy import load_index, load_stack
 from .recipes import RECIPES, Recipe
+from .records import remove_checkpoint
+from .sequence import fit_head
 from .validation import check_no_leak, create_folds
 
 # %% ../nbs/04_train.ipynb #65fc2527
@@ -54,16 +55,20 @@ def predict_table(run: Run, df: pd.DataFrame, members: list, recipe: Recipe) -> 
         parts.append(pd.DataFrame(p[rows.position], index=rows.index, columns=list(run.task.labels)))
     return pd.concat(parts).reindex(df.index)
 
-def fit_fold(run: Run, df: pd.DataFrame, fold: int, recipe: Recipe, folder) -> tuple: # (out-of-fold DataFrame, dict of what happened)
-    "Train one fold and predict its validation images with test-time augmentation."
-    began = time.perf_counter(); seed_everything(run.seed + fold); Path(folder).mkdir(parents=True, exist_ok=True)
-    train = thin_out(df[df.fold != fold], recipe.keep_empty, run.seed + fold)
-    learn = make_learner(run, train, df[df.fold == fold], recipe, path=folder)
-    lr = recipe.lr or find_lr(learn); keep = KeepBest(recipe); made = load_json(run.data/"npy.json")["facts"]
-    learn.fit_one_cycle(recipe.epochs, lr, cbs=[CSVLogger(fname=f"history_fold{fold}.csv"), keep])
-    save_model(folder, fold, learn.model, recipe, labels=list(run.task.labels), task=run.task.name, layout={k: made[k] for k in ("size", "crop", "spacing")}, prior=df[list(run.task.labels)].mean().to_dict(), versions=versions())
-    oof = predict_table(run, df[df.fold == fold], [learn.model], recipe)
-    return oof, dict(fold=fold, images=len(train), empty_left_out=int((df.fold != fold).sum()) - len(train), lr=lr, best_epoch=keep.at, best_valid_loss=keep.best, seconds=round(time.perf_counter() - began, 1))
+def fit_fold(run: Run,          # from `core.start`
+             df: pd.DataFrame,  # from `training_table`
+             fold: int,         # is held out
+             recipe: Recipe,
+             folder,            # of the model
+             encoder=None,      # a `Member` that was trained on the other folds already; only the head of the recipe is then
+            ) -> tuple:         # (out-of-fold DataFrame, dict of what happened)
+    "Train one fold, the images first and then the study, and predict its validation images with test-time augmentation."
+    began = time.perf_counter(); train = thin_out(df[df.fold != fold], recipe.keep_empty, run.seed + fold); made = load_json(run.data/"npy.json")["facts"]
+    member, note = (encoder, {}) if encoder else fit_encoder(run, train, df[df.fold == fold], recipe, folder, fold)
+    if recipe.head != "none": member, more = fit_head(run, df, fold, member, recipe, run.data/"features"/recipe.name); note |= more
+    save_model(folder, fold, member, recipe, labels=list(run.task.labels), task=run.task.name, layout={k: made[k] for k in ("size", "crop", "spacing")}, prior=df[list(run.task.labels)].mean().to_dict(), versions=versions())
+    oof = predict_table(run, df[df.fold == fold], [member], recipe); remove_checkpoint(folder, fold)
+    return oof, dict(fold=fold, images=len(train), empty_left_out=int((df.fold != fold).sum()) - len(train), **note | dict(seconds=round(time.perf_counter() - began, 1)))
 
 # %% ../nbs/04_train.ipynb #b0e049e7
 def compare(run: Run,             # from `core.start`
