@@ -182,6 +182,7 @@ def on_gpu(folder, o, recipe) -> dict: # source -> figures
 def measure(o) -> dict:
     "Iterating, then training on the CPU, then on the GPU if there is one."
     import torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # for the workers: threads that spin while they wait take the cores from other work, and from one another
     o.epoch = 8 if o.quick else EPOCH; folder = o.work/f"loader-{o.studies}-{o.slices}"; write_images(folder, o.studies, o.slices)
     everything = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     args = lambda k, epoch, **more: dict(folder=str(folder), epoch=epoch, cores=CORES.get(k, everything), **more)
