@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam, LayerGradientXActivation
 
 from .core import Run
-from .explain import ACCENT, GREY, INK, MASK_COLOURS, body_box, new_axes, outline, stack_box, thumbnail
+from .explain import ACCENT, GREY, INK, MASK_COLOURS, body_box, new_axes, outline, thumbnail
 from .head import KINDS, make_head
 from .inputs import Inputs
 from .metrics import ratio_interval
