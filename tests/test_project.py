@@ -34,7 +34,7 @@ def test_module_keeps_the_rules(path):
 
 
 def test_imports_run_one_way():
-    order = ["metrics", "header", "codecs", "hounsfield", "dicom", "storage", "stacks", "workers", "tasks", "anatomy", "bleeds", "head", "phantom", "core", "explain", "eda", "datasheet", "npy", "duplicates", "validation", "calibration", "evaluation", "baselines", "recipes", "inputs", "models", "loaders", "learner", "train", "inference"]
+    order = ["metrics", "header", "codecs", "hounsfield", "dicom", "storage", "stacks", "workers", "tasks", "anatomy", "bleeds", "head", "phantom", "core", "explain", "eda", "datasheet", "npy", "duplicates", "validation", "calibration", "evaluation", "baselines", "recipes", "inputs", "models", "loaders", "learner", "train", "streaming", "inference"]
     for m in order:
         used = set(re.findall(r"from (?:rsna_helpers)?\.(\w+) import", (ROOT/"rsna_helpers"/f"{m}.py").read_text()))
         later = {u for u in used - {m} if order.index(u) >= order.index(m)}
