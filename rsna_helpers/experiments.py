@@ -192,10 +192,13 @@ def plot_score_by_size(table: pd.DataFrame, ax=None): # axes
 # %% ../nbs/helpers/experiments.ipynb #5d03c2b9
 def ladder_rungs(recipe: Recipe,         # what all rungs share
                  partner: Recipe = None, # second member of the ensemble; default: the same recipe with another seed
+                 leave: tuple = (),      # of "neighbours", "TTA", "calibration": measured, but not carried to the next rungs
                 ) -> dict:               # name -> (what changes, recipe or None where nothing is trained, other stacks or None)
     "The ladder as recipes, each with what the one before it has."
+    if extra := set(leave) - {"neighbours", "TTA", "calibration"}: raise ValueError(f"leave has {sorted(extra)}: wanted some of 'neighbours', 'TTA', 'calibration'")
     plain = replace(recipe, neighbours=0, head="none", tta=("as is",)); grey = {k: getattr(recipe, k)*255/80 for k in ("hu_shift", "shade", "noise")}
-    near = replace(plain, neighbours=max(recipe.neighbours, 1)); head = replace(near, head="lstm" if recipe.head == "none" else recipe.head)
+    near = replace(plain, neighbours=max(recipe.neighbours, 1)); head = replace(plain if "neighbours" in leave else near, head="lstm" if recipe.head == "none" else recipe.head)
+    member = partner or replace(head, tta=head.tta if "TTA" in leave else recipe.tta)
     return {"own window":    ("the file's own window in one channel, one slice, loss by slice, uncropped", replace(plain, windows=((127.5, 255.),), harden=0., export=0., **grey), "own window"),
             "windows":       (f"{len(recipe.windows)} windows of HU as channels", plain, "uncropped"),
             "crop":          ("cut to the head", plain, None),
@@ -203,53 +206,56 @@ def ladder_rungs(recipe: Recipe,         # what all rungs share
             "sequence head": (f"{head.head} over the slices of a study", head, None),
             "TTA":           (f"mean of {len(recipe.tta)} views: {', '.join(recipe.tta)}", replace(head, tta=recipe.tta), None),
             "calibration":   ("a temperature a label, fitted on other patients", None, None),
-            "ensemble":      (f"mean with {partner.name if partner else 'a second seed'}, calibrated in the same way", partner or replace(head, tta=recipe.tta), None)}
+            "ensemble":      (f"mean with {partner.name if partner else 'a second seed'}" + ", calibrated in the same way"*("calibration" not in leave), member, None)}
 
 # %% ../nbs/helpers/experiments.ipynb #04ed9906
 def ladder_predictions(run: Run, recipe: Recipe,
                        epochs: int = None,       # of every rung; default: those of the recipe
-                       df: pd.DataFrame = None, folder=None, partner: Recipe = None, # as `run_experiment` and `ladder_rungs`
+                       df: pd.DataFrame = None, folder=None, partner: Recipe = None, leave: tuple = (), # as `run_experiment` and `ladder_rungs`
                       ) -> tuple:                # (name -> out-of-fold predictions, name -> facts of what was trained)
     "Train and predict every rung; what is on disk is read."
-    df = training_table(run) if df is None else df; epochs = epochs or recipe.epochs; p, facts = {}, {}
-    truth = lambda: df.loc[p["TTA"].index]
+    df = training_table(run) if df is None else df; epochs = epochs or recipe.epochs; p, facts, first = {}, {}, "sequence head" if "TTA" in leave else "TTA"
+    truth = lambda: df.loc[p[first].index]
     calibrated = lambda q: cross_calibrated(truth()[list(run.task.labels)], q, truth().patient, truth().fold, seed=run.seed)
-    with tqdm(ladder_rungs(replace(recipe, epochs=epochs), partner and replace(partner, epochs=epochs)).items(), desc="ladder") as bar:
+    with tqdm(ladder_rungs(replace(recipe, epochs=epochs), partner and replace(partner, epochs=epochs), leave).items(), desc="ladder") as bar:
         for name, (_, rung, stacks) in bar:
             bar.set_postfix_str(name)
-            if name == "calibration": p[name] = calibrated(p["TTA"]); continue
+            if name == "calibration": p[name] = calibrated(p[first]); continue
             at, rows = (run, df) if stacks is None else other_stacks(run, df, stacks)
             oof, facts[name] = run_experiment(replace(run, seed=run.seed + 100) if name == "ensemble" else at, rung, rows, folder)
-            p[name] = calibrated((p["TTA"] + oof.loc[p["TTA"].index])/2) if name == "ensemble" else oof
+            if name == "ensemble": oof = (p[first] + oof.loc[p[first].index])/2; oof = oof if "calibration" in leave else calibrated(oof)
+            p[name] = oof
     return p, facts
 
 def ladder_table(run: Run, df: pd.DataFrame,
                  predictions: dict,   # name -> out-of-fold predictions, lowest rung first
                  changes: dict = None, # name -> what the rung changes
+                 leave: tuple = (),   # rungs that were not carried on: none is compared to them
                 ) -> pd.DataFrame:    # a row a rung
-    "Score of each rung with interval, and its paired difference to the rung before and to the first. `cut_percent` is how much lower the score is than that of the first."
+    "Score of each rung with interval, and its paired difference to the rung that it stands on and to the first. `cut_percent` is how much lower the score is than that of the first."
     names = list(predictions); table = compare(run, df.loc[predictions[names[0]].index], predictions).rename_axis("rung"); rows = {}
-    for before, name in zip([names[0], *names], names):
+    for name in names:
+        before = next((n for n in reversed(names[:names.index(name)]) if n not in leave), name)
         rows[name] = {k + end: v for k, other in (("to_previous", before), ("to_first", names[0])) for end, v in zip(("", "_low", "_high"), paired_difference(run, df, predictions[other], predictions[name]))}
     t = table.join(pd.DataFrame.from_dict(rows, orient="index")); t["cut_percent"] = 100*(1 - t.log_loss/t.log_loss.iloc[0])
-    t["verdict"] = np.select([t.to_previous_high < 0, t.to_previous_low > 0], ["better", "worse"], "no clear difference"); t.loc[names[0], "verdict"] = "the start"
+    t["verdict"] = np.select([t.to_previous_high < 0, t.to_previous_low > 0], ["better", "worse"], "no clear difference"); t.loc[names[0], "verdict"] = "the start"; t.loc[[n for n in names if n in leave], "verdict"] += ", left"
     return t.assign(change=[(changes or {}).get(n, "") for n in names])
 
-def ladder(run: Run, recipe: Recipe, epochs: int = None, df: pd.DataFrame = None, folder=None, partner: Recipe = None, # as `ladder_predictions`
+def ladder(run: Run, recipe: Recipe, epochs: int = None, df: pd.DataFrame = None, folder=None, partner: Recipe = None, leave: tuple = (), # as `ladder_predictions`
           ) -> pd.DataFrame: # `ladder_table`, with `train_seconds` of what was trained
     "Train every rung on the same folds with the same budget, and say what each is worth."
     df = training_table(run) if df is None else df
-    predictions, facts = ladder_predictions(run, recipe, epochs, df, folder, partner); changes = {k: v[0] for k, v in ladder_rungs(recipe, partner).items()}
-    return ladder_table(run, df, predictions, changes).assign(train_seconds=[facts[n]["train_seconds"] if n in facts and n != "TTA" else np.nan for n in predictions])
+    predictions, facts = ladder_predictions(run, recipe, epochs, df, folder, partner, leave); changes = {k: v[0] for k, v in ladder_rungs(recipe, partner, leave).items()}
+    return ladder_table(run, df, predictions, changes, leave).assign(train_seconds=[facts[n]["train_seconds"] if n in facts and n != "TTA" else np.nan for n in predictions])
 
 # %% ../nbs/helpers/experiments.ipynb #6ffe90ad
 def plot_ladder(table: pd.DataFrame): # figure; `table` from `ladder`
-    "Score by rung with its interval, and the paired difference to the rung before."
+    "Score by rung with its interval, and the paired difference to the rung it stands on."
     at = np.arange(len(table))[::-1]; fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, .8 + .34*len(table)), dpi=72, layout="constrained", sharey=True)
     new_axes("Score, 95 % over patients", "log loss", ax=left).set_yticks(at, table.index)
     left.errorbar(table.log_loss, at, xerr=[table.log_loss - table.low, table.high - table.log_loss], fmt="o", color=INK, ecolor=GREY, ms=4)
     for y, s, high, cut in list(zip(at, table.log_loss, table.high, table.cut_percent))[1:]: left.annotate(f" {-cut:+.0f} %", (high, y), fontsize=7, va="center", color=INK)
-    new_axes("Against the rung before", "difference of log loss (below zero is better)", ax=right); right.axvline(0, color=GREY, lw=.8); right.tick_params(left=False)
+    new_axes("Against the rung it stands on", "difference of log loss (below zero is better)", ax=right); right.axvline(0, color=GREY, lw=.8); right.tick_params(left=False)
     for y, r in list(zip(at, table.itertuples()))[1:]:
         colour = INK if r.to_previous_low <= 0 <= r.to_previous_high else ACCENT
         right.errorbar(r.to_previous, y, xerr=[[r.to_previous - r.to_previous_low], [r.to_previous_high - r.to_previous]], fmt="o", color=colour, ecolor=colour, ms=4, alpha=.9)
