@@ -77,3 +77,9 @@ def test_writing_leaves_nothing_behind_when_it_fails(tmp_path):
     with pytest.raises(ZeroDivisionError):
         with core.writing(target) as p: p.write_text("half"); 1/0
     assert json.loads(target.read_text()) == {"x": 1} and os.listdir(target.parent) == ["table.json"]
+
+
+@pytest.mark.parametrize("device, memory, profile", [("cpu", 0, "quick"), ("cuda", 16e9, "kaggle_t4"), ("cuda", 80e9, "full"), ("mps", 0, "kaggle_t4")])
+def test_the_device_chooses_the_recipe_for_real_data(monkeypatch, device, memory, profile):
+    monkeypatch.setattr(core, "find_device", lambda: device); monkeypatch.setattr(core, "gpu_memory", lambda: memory); monkeypatch.delenv("IN_TEST", raising=False)
+    assert core._profile(None, phantom_only=False) == profile and core._profile(None, phantom_only=True) == "quick"

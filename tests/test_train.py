@@ -79,3 +79,18 @@ def test_thinned_out_slices_are_still_scored(run, table, tmp_path):
     oof, note = train.fit_fold(run, table, 0, replace(TINY, keep_empty=0.), tmp_path)
     assert oof.index.tolist() == table.index[table.fold == 0].tolist()
     assert note["empty_left_out"] == ((table.fold != 0) & (table.brain_cm2 < train.EMPTY)).sum() and note["images"] == (table.fold != 0).sum() - note["empty_left_out"]
+
+
+def test_folds_that_are_finished_are_kept_when_a_later_one_fails(run, tmp_path, monkeypatch):
+    import shutil
+    here = replace(run, data=tmp_path/"d", models=tmp_path/"m"); shutil.copytree(run.data, here.data, ignore=shutil.ignore_patterns("raw", "*.lock"))
+    recipe, made, real = replace(TINY, name="two", folds=(0, 1)), [], train.fit_fold
+    def failing(run, df, fold, *rest):
+        if fold == 1 and len(made) < 2: made.append("failed"); raise RuntimeError("the power went")
+        made.append(fold); return real(run, df, fold, *rest)
+    monkeypatch.setattr(train, "fit_fold", failing)
+    with pytest.raises(RuntimeError, match="power"): train.fit(here, recipe)
+    first = (tmp_path/"m"/"two"/"model_fold0.safetensors").read_bytes(); report = train.fit(here, recipe)
+    assert made == [0, "failed", 1] and (tmp_path/"m"/"two"/"model_fold0.safetensors").read_bytes() == first
+    assert [n["fold"] for n in report["training"]] == [0, 1] and report["images"] == train.training_table(here).fold.isin([0, 1]).sum()
+    train.fit(here, replace(recipe, lr=1e-4)); assert made == [0, "failed", 1, 0, 1]        # another recipe begins anew
