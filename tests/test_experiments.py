@@ -32,7 +32,7 @@ def table(run): return train.training_table(run)
 def trainings(monkeypatch):
     "Names of the recipes that were trained."
     done, real = [], experiments.fit_fold
-    def counted(run, df, fold, recipe, folder): done.append((recipe.name, fold)); return real(run, df, fold, recipe, folder)
+    def counted(run, df, fold, recipe, *rest): done.append((recipe.name, fold)); return real(run, df, fold, recipe, *rest)
     monkeypatch.setattr(experiments, "fit_fold", counted)
     return done
 
@@ -87,9 +87,9 @@ def test_table_has_a_row_for_every_recipe_in_order(run, table, tmp_path, trainin
 
 def test_second_call_trains_nothing_and_a_killed_one_goes_on(run, table, tmp_path, trainings, monkeypatch):
     recipes = {"one": replace(TINY, name="one", folds=(0, 1)), "two": replace(TINY, name="two", lr=1e-3, folds=(0, 1))}; counted = experiments.fit_fold
-    def killed(run, df, fold, recipe, folder):
+    def killed(run, df, fold, recipe, *rest):
         if (recipe.name, fold) == ("two", 1): raise KeyboardInterrupt
-        return counted(run, df, fold, recipe, folder)
+        return counted(run, df, fold, recipe, *rest)
     monkeypatch.setattr(experiments, "fit_fold", killed)
     with pytest.raises(KeyboardInterrupt): run_experiments(run, recipes, table, tmp_path)
     monkeypatch.setattr(experiments, "fit_fold", counted); assert trainings == [("one", 0), ("one", 1), ("two", 0)]
