@@ -8,6 +8,7 @@ __all__ = ['StackImages', 'StackLoader', 'draw_weights', 'make_dls']
 # %% ../nbs/helpers/loaders.ipynb #d38364d0
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,8 @@ from .npy import load_stack
 from .recipes import Recipe
 
 # %% ../nbs/helpers/loaders.ipynb #2f245107
+_opening = Lock()      # numpy parses the header of a file with `ast`, which CPython 3.11 cannot do in several threads at once
+
 class StackImages:
     "Images of memory-mapped stacks with their labels: `(int16 HU (1 + 2 neighbours, h, w), float labels)`."
     def __init__(self, run: Run,        # from `core.start`, or a folder of stacks
@@ -40,7 +43,8 @@ class StackImages:
         stack = self.open.get(study)
         if stack is None:
             if len(self.open) >= 256: self.open.clear()
-            try: stack = load_stack(self.run, study)
+            try:
+                with _opening: stack = load_stack(self.run, study)
             except ValueError as e: raise ValueError(f"study {study!r}: its stack is damaged: {e}") from e
             self.open[study] = stack.view(np.ndarray) if isinstance(stack, np.memmap) else stack    # a plain view is cheaper to index
         return stack
