@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'pad_studies', 'reverse_studies', 'neighbour_differences', 'Recurrent', 'distance_bias', 'Block', 'Attention',
-           'Mean', 'StudyHead']
+           'Mean', 'StudyHead', 'HeadMean', 'make_heads']
 
 # %% ../nbs/helpers/heads.ipynb #8d91ffd2
 import torch
@@ -130,3 +130,20 @@ class StudyHead(nn.Module):
         images = logits + self.image(h)
         pooled = (h*self.weigh(h).masked_fill(~there, -torch.inf).softmax(1)).sum(1)
         return images*there, images.masked_fill(~there, -torch.inf).amax(1) + self.study(pooled)
+
+# %% ../nbs/helpers/heads.ipynb #1d2a81d1
+class HeadMean(nn.Module):
+    "The mean of the logits of several heads over the same features."
+    def __init__(self, heads):  # `StudyHead`s
+        super().__init__(); self.heads, self.ordered = nn.ModuleList(heads), heads[0].ordered
+
+    def forward(self, features, logits, mask): # as a `StudyHead`
+        images, studies = zip(*[h(features, logits, mask) for h in self.heads])
+        return torch.stack(images).mean(0), torch.stack(studies).mean(0)
+
+def make_heads(kinds: str,  # of `KINDS`, joined by "+"
+               *sizes,      # of `StudyHead`: features, labels, width, layers, dropout, ordered
+              ):            # a `StudyHead`, or a `HeadMean` of several
+    "The heads that a recipe names."
+    heads = [StudyHead(k, *sizes) for k in kinds.split("+")]
+    return heads[0] if len(heads) == 1 else HeadMean(heads)

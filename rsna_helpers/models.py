@@ -18,11 +18,12 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models import adapt_input_conv
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import networks  # registers its networks with timm
-from .heads import StudyHead
+from .heads import StudyHead, make_heads
 from .inputs import Inputs
 from .recipes import Recipe
 
@@ -44,10 +45,13 @@ def load_pretrained(model: nn.Module,  # a timm model
             state, source = None, "scratch"; log.warning("no weights for %s from the hub (%s: %s)", backbone, type(e).__name__, str(e).splitlines()[0][:120] if str(e) else "")
     if state is None:
         print(f"{backbone}: no pretrained weights found, training from scratch; put a timm state dict in {file.parent.name}/{file.name} to change that"); return source
-    own = model.state_dict(); fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    own = model.state_dict(); state = {k: _other_channels(v, own[k].shape) if k in own else v for k, v in state.items()}; fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if len(fits) < .5*len(own): raise ValueError(f"{file if source == 'folder' else backbone}: only {len(fits)} of {len(own)} tensors fit the model {backbone}")
     model.load_state_dict(fits, strict=False); print(f"{backbone}: {len(fits)} of {len(own)} tensors from the {source}")
     return source
+
+def _other_channels(v, shape): # weights of a layer that sees 3 channels, for one that sees another number; all else as it is
+    return adapt_input_conv(shape[1], v).to(v.dtype) if v.ndim == len(shape) == 4 and v.shape[1] == 3 != shape[1] and v.shape[::3] == shape[::3] and v.shape[2] == shape[2] else v
 
 # %% ../nbs/helpers/models.ipynb #69189993
 def read_weights(file) -> dict: # tensors by name
@@ -78,15 +82,23 @@ def build_model(recipe: Recipe,   # backbone, size, dropout
                ) -> Member:       # (n, channels, size, size) -> (n, n_out) logits
     "A timm model for the channels of a recipe: windows x slices that are shown together."
     if not timm.is_model(recipe.backbone.split(".")[0]): raise ValueError(f"timm has no model {recipe.backbone!r}; `timm.list_models()` has the names")
-    try: encoder = timm.create_model(recipe.backbone, pretrained=False, in_chans=len(recipe.windows)*(1 + 2*recipe.neighbours), num_classes=n_out, drop_rate=recipe.drop, global_pool=recipe.pool)
+    make = lambda slices: timm.create_model(recipe.backbone, pretrained=False, in_chans=len(recipe.windows)*slices, num_classes=n_out, drop_rate=recipe.drop, global_pool=recipe.pool)
+    try: encoder = make(1)
     except (AssertionError, TypeError) as e: raise ValueError(f"recipe {recipe.name}: {recipe.backbone} cannot be made with pool={recipe.pool!r}; most networks take 'avg' ({e})") from e
     if recipe.pretrained: load_pretrained(encoder, recipe.backbone, pretrained or ".")
-    return Member(encoder)
+    return Member(_widen(encoder, make(1 + 2*recipe.neighbours)) if recipe.neighbours else encoder)
 
-def build_head(member: Member, recipe: Recipe) -> StudyHead: # untrained: it changes nothing yet
+def _widen(one, several): # the network of several slices, which begins with the weights of that of one: it sees the slice in the middle, and has to learn what its neighbours are good for
+    own = several.state_dict()
+    for k, v in one.state_dict().items():
+        if v.shape == own[k].shape: own[k].copy_(v)
+        else: own[k].zero_(); own[k].narrow(1, (own[k].shape[1] - v.shape[1])//2, v.shape[1]).copy_(v)
+    return several
+
+def build_head(member: Member, recipe: Recipe): # a `StudyHead`, or a `HeadMean` of several; untrained: it changes nothing yet
     "The head that a recipe asks for, of the size that the last layer of the encoder has."
     last = member.classifier
-    return StudyHead(recipe.head, last.in_features, last.out_features, recipe.head_width, recipe.head_layers, recipe.head_drop, recipe.head_ordered)
+    return make_heads(recipe.head, last.in_features, last.out_features, recipe.head_width, recipe.head_layers, recipe.head_drop, recipe.head_ordered)
 
 
 # %% ../nbs/helpers/models.ipynb #59cd2217
@@ -210,7 +222,9 @@ def load_model(folder,             # folder of the model
     for f in files:
         m = build_model(replace(recipe, pretrained=False), len(about["labels"]))
         if recipe.head != "none": m.head = build_head(m, recipe)
-        try: m.load_state_dict(read_weights(f))
+        state = read_weights(f)
+        if not any(k.startswith("encoder.") for k in state): raise ValueError(f"{f} is of an earlier version, or not a model of this package: train the recipe {recipe.name!r} again")
+        try: m.load_state_dict(state)
         except RuntimeError as e: raise ValueError(f"{f} does not fit {recipe.backbone} with the head {recipe.head!r}: {str(e).splitlines()[1].strip()[:200]}") from e
         models.append(m.eval().to(device))
     return models, recipe, about

@@ -51,7 +51,7 @@ class Recipe:
     export: float = .25             # share of pictures shown as if exported in a brain window and made smaller
     window_jitter: float = 0.       # share of its width by which each window is moved and widened, up to
     erase: float = .1               # share of pictures with a patch of air
-    head: str = "none"              # over the whole study: "lstm", "gru", "attention" or "mean"; "none": every image by itself
+    head: str = "none"              # over the whole study: "lstm", "gru", "attention" or "mean", or several of them, "lstm+gru", of which the mean is taken; "none": every image by itself
     head_width: int = 128           # units a direction
     head_layers: int = 2
     head_drop: float = .3

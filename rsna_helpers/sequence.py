@@ -149,6 +149,9 @@ def train_head(head: StudyHead, train: StudyFeatures, valid: StudyFeatures, reci
     return dict(stage1_loss=first, head_loss=best, head_gain=first - best, head_epoch=at)
 
 # %% ../nbs/helpers/sequence.ipynb #bc3f8508
+def _note_of_mean(notes, loss): # what several heads and their mean came to
+    return dict(stage1_loss=notes[0]["stage1_loss"], head_loss=loss, head_gain=notes[0]["stage1_loss"] - loss, head_epoch=[n["head_epoch"] for n in notes], head_losses=[n["head_loss"] for n in notes])
+
 def fit_head(run: Run,          # from `core.start`
              df: pd.DataFrame,  # from `train.training_table`
              fold: int,         # is held out
@@ -160,8 +163,10 @@ def fit_head(run: Run,          # from `core.start`
     check_no_leak(df.patient, df.fold); began = time.perf_counter(); labels = list(run.task.labels)
     here = cache_features(run, df, member, recipe, folder, fold); cached = time.perf_counter()
     seed_everything(run.seed + fold); head = build_head(member, recipe)
-    train, valid = (StudyFeatures(here, d, labels) for d in (df[df.fold != fold], df[df.fold == fold]))
-    note = train_head(head, train, valid, recipe, WeightedBCE(run.task.class_weights), run.task.level, run.seed + fold, run.device)
-    if note["head_epoch"] is None: log.warning("fold %d: the head %s never beat the first stage (loss %.4f) and changes nothing", fold, recipe.head, note["stage1_loss"])
+    train, valid = (StudyFeatures(here, d, labels) for d in (df[df.fold != fold], df[df.fold == fold])); bce = WeightedBCE(run.task.class_weights)
+    notes = [train_head(h, train, valid, recipe, bce, run.task.level, run.seed + fold + 1000*k, run.device) for k, h in enumerate(getattr(head, "heads", [head]))]
+    for kind, n in zip(recipe.head.split("+"), notes):
+        if n["head_epoch"] is None: log.warning("fold %d: the head %s never beat the first stage (loss %.4f) and changes nothing", fold, kind, n["stage1_loss"])
+    note = notes[0] if len(notes) == 1 else _note_of_mean(notes, head_loss(head, valid, bce, float(run.task.level == "study"), run.device))
     member.head = head
     return member, dict(head=recipe.head, **note, feature_seconds=round(cached - began, 1), head_seconds=round(time.perf_counter() - cached, 1))

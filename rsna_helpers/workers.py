@@ -31,7 +31,7 @@ def run_local(job,          # function; its result is not used
     "Run a job for every item in joblib's pool."
     names = list(names); left = dict.fromkeys(names)
     try:
-        with worker_pool(max(min(n_jobs, len(names)), 1), return_as="generator") as pool:
+        with worker_pool(max(min(n_jobs, len(names) + 1), 1), return_as="generator") as pool:         # a lone item is not done in this process: a decoder that crashes would take it along
             for name, _ in zip(names, pool(delayed(job)(*args(n)) for n in names)): tick(name); left.pop(name)
     except TerminatedWorkerError: pass
     return list(left)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from rsna_helpers import sequence
@@ -156,9 +157,10 @@ def test_one_image_two_images_none(member):
     assert p.shape == (0, 6) and np.isnan(study).all()
 
 
-def test_fit_save_load_predict(small, member, tmp_path):
+@pytest.mark.parametrize("kinds", ["gru", "gru+attention"])
+def test_fit_save_load_predict(small, member, tmp_path, kinds):
     "What comes back from the folder gives the out-of-fold predictions, and the features on disk those of the live network."
-    run, df = small; recipe = replace(TINY, head_lr=1e-2, head_epochs=4)
+    run, df = small; recipe = replace(TINY, head=kinds, head_lr=1e-2, head_epochs=4)
     member, note = sequence.fit_head(run, df, 0, member, recipe, tmp_path/"features")
     assert {"stage1_loss", "head_loss", "head_gain", "head_epoch", "head_seconds"} <= set(note) and note["head_loss"] < note["stage1_loss"]
     oof = predict_table(run, df[df.fold == 0], [member], recipe)
@@ -175,8 +177,18 @@ def test_fit_save_load_predict(small, member, tmp_path):
         file = tmp_path/"m"/"model_fold0.safetensors"; good = file.read_bytes(); file.write_bytes(spoil(good))
         with pytest.raises(ValueError, match=f"model_fold0.safetensors.*{word}"): load_model(tmp_path/"m")
         file.write_bytes(good)
+    save_file({k: v.contiguous() for k, v in member.encoder.state_dict().items()}, str(file))
+    with pytest.raises(ValueError, match="model_fold0.safetensors is of an earlier version"): load_model(tmp_path/"m")
     save_model(tmp_path/"m", 0, member, replace(recipe, head="lstm"), labels=list(run.task.labels))
     with pytest.raises(ValueError, match="model_fold0.safetensors.*head 'lstm'"): load_model(tmp_path/"m")
+
+
+def test_several_heads_differ_and_their_mean_is_what_is_noted(small, member, tmp_path):
+    run, df = small; recipe = replace(TINY, head="gru+gru", head_lr=1e-2, head_epochs=4)
+    member, note = sequence.fit_head(run, df, 0, member, recipe, tmp_path); a, b = member.head.heads
+    assert len(note["head_losses"]) == 2 and note["head_losses"][0] != note["head_losses"][1] and not torch.equal(a.image.weight, b.image.weight)
+    data = sequence.StudyFeatures(tmp_path/sequence.cache_name(member, recipe, 0), df[df.fold == 0], list(run.task.labels)); bce = sequence.WeightedBCE(run.task.class_weights)
+    assert [sequence.head_loss(h, data, bce, 0., "cpu") for h in (a, b, member.head)] == pytest.approx([*note["head_losses"], note["head_loss"]])
 
 
 def test_features_are_reused_and_never_stale(small, member, tmp_path):
