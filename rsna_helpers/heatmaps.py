@@ -80,7 +80,7 @@ def heat_study(member: Member,           # one fold, from `load_model`
         rows = np.clip(part[:, None] + around, 0, len(stack) - 1)
         hu = torch.from_numpy(np.array(stack[rows.ravel()])).view(*rows.shape, *stack.shape[1:]).to(device)
         out.append(_heat_batch(member, inputs, hu, label, layers, method, views).cpu().numpy())
-    return np.concatenate(out) if out else np.empty((0, *stack.shape[1:]), np.float32)
+    return np.concatenate(out) if out else np.empty((0, *stack.shape[-2:]), np.float32)
 
 def _check_asked(member, stack, at, label, method, views):
     n, n_out = len(stack), member.classifier.out_features
@@ -95,7 +95,7 @@ def _heat_batch(member, inputs, hu, label, layers, method, views):  # (n, h, w)
     for view in views:
         maps = _layer_maps(member, inputs(hu, view).requires_grad_(), label, layers, method)
         for i, m in enumerate(maps):
-            m = F.interpolate(m.float()[:, None], size=hu.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+            m = F.interpolate(m.float()[:, None], size=hu.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
             total[i] = total[i] + (m.flip(-1) if view == "flip" else m)
     whole = torch.stack([m/m.amax((1, 2), keepdim=True).clamp(min=1e-12) for m in total]).prod(0)**(1/len(layers))
     return whole/whole.amax((1, 2), keepdim=True).clamp(min=1e-12)

@@ -58,7 +58,7 @@ def _blur(x, sigma): # (n, c, h, w) with a sigma in pixels for each picture
     return F.conv2d(y, g.view(n*c, 1, 5, 1), groups=n*c).view(n, c, h, w)
 
 # %% ../nbs/helpers/inputs.ipynb #16114d97
-def augment(hu,          # (n, c, h, w) float, HU
+def augment(hu,          # (n, c, h, w) float, HU; with `r.mask` the last channel is a mask, -1000 where it is not and 0 where it is
             r: Recipe,   # how much of each
            ):            # (n, c, size, size) float, HU
     "Random geometry and grey values for a batch; resizes to `r.size`. With every strength at 0 it only resizes."
@@ -67,8 +67,10 @@ def augment(hu,          # (n, c, h, w) float, HU
     x = _shrink(hu, r.size)
     if len(which): x.index_copy_(0, which, _shrink(others, r.size))
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False).sub_(1000)
-    for change in (_harden, _soften, _lighten, _grain, _erase): change(x, r)
+    for change in (_harden, _soften, _lighten, _grain, _erase): change(_grey(x, r), r)
     return x
+
+def _grey(x, r: Recipe): return x[:, :-1] if r.mask else x # a view of the channels that hold HU
 
 def _shrink(hu, size): # HU above air, a new tensor: no pixel may be skipped by the sampling, or noise would not average out
     if hu.shape[-1] <= 1.5*size: return hu + 1000
@@ -79,11 +81,12 @@ def _shrink(hu, size): # HU above air, a new tensor: no pixel may be skipped by 
 def _export(hu, r: Recipe): # which pictures are shown as somebody else saved them, and those: a window, the gamma of some screen, fewer pixels
     n = round(r.export*len(hu)) if len(hu) > 1 else int(torch.rand(1) < r.export)
     if not n: return (), None
-    which = _send(torch.randperm(len(hu))[:n], hu); x = hu[which]; col = lambda low, high: _uniform(n, low, high, x).view(-1, 1, 1, 1)
+    which = _send(torch.randperm(len(hu))[:n], hu); mask = hu[which, -1:] if r.mask else None; x = _grey(hu, r)[which]; col = lambda low, high: _uniform(n, low, high, x).view(-1, 1, 1, 1)
     x.sub_(col(32, 48)).div_(col(70, 120)).add_(.5).clamp_(0, 1).pow_(torch.exp(col(-.25, .25))).mul_(80)         # read back as if it had been 0..80 HU
     small = round(hu.shape[-1]*(.6 + .4*float(torch.rand(1))))
     x = F.interpolate(x, size=(small, small), mode="area"); x.masked_fill_(x > 79, 300.)                         # white is taken for bone, as `dicom.read_image` does
-    return which, F.interpolate(x, size=hu.shape[2:], mode="bilinear", align_corners=False)
+    x = F.interpolate(x, size=hu.shape[2:], mode="bilinear", align_corners=False)
+    return which, x if mask is None else torch.cat([x, mask], 1)
 
 # %% ../nbs/helpers/inputs.ipynb #c3a1d8f2
 def _col(x, low, high): return _uniform(len(x), low, high, x).view(-1, 1, 1, 1) # a draw for each picture
@@ -143,12 +146,15 @@ class Inputs(nn.Module):
     def __init__(self, recipe: Recipe):
         super().__init__(); self.recipe, self.windows = recipe, Windows(recipe.windows)
 
-    def forward(self, hu, view="as is"): # hu (n, c, h, w), any dtype; view: one of `Recipe.tta`
+    def forward(self, hu, view="as is"): # hu (n, c, h, w), any dtype, or (n, c, 2, h, w) with a mask of 0 to 1000; view: one of `Recipe.tta`
+        if self.recipe.mask: hu = torch.cat([hu[:, :, 0], hu[:, hu.shape[1]//2, 1:] - 1000], 1)      # of the slice itself; so that nothing is like air
         hu = hu.float()
         if self.training: x = augment(hu, self.recipe)
         else: x = hu if hu.shape[-1] == self.recipe.size else F.interpolate(hu, size=(self.recipe.size,)*2, mode="area")
         if "turn" in view: x = _turn(x, 8)
-        return self.windows(x.flip(-1) if "flip" in view else x, self.recipe.window_jitter if self.training else 0.)
+        x = x.flip(-1) if "flip" in view else x
+        channels = self.windows(_grey(x, self.recipe), self.recipe.window_jitter if self.training else 0.)
+        return torch.cat([channels, x[:, -1:]/500 + 1], 1) if self.recipe.mask else channels
 
 # %% ../nbs/helpers/inputs.ipynb #c3a1d8eb
 AUGMENTATIONS = dict( # field of a recipe -> what it does, with its value
@@ -168,7 +174,7 @@ def plot_augmentations(hu,              # (h, w) HU, or (m, h, w): the first is 
                        seed: int = 0,
                       ):                # figure
     "Rows: each augmentation alone, the strongest of eight draws in every column; last all of them, as drawn. Shown in the first window. Leaves torch's random state alone."
-    hu = torch.as_tensor(hu).float(); hu = hu.unsqueeze(0) if hu.ndim == 2 else hu; off = replace(recipe, **dict.fromkeys(AUGMENTATIONS, 0.))
+    recipe = replace(recipe, mask=False); hu = torch.as_tensor(hu).float(); hu = hu.unsqueeze(0) if hu.ndim == 2 else hu; off = replace(recipe, **dict.fromkeys(AUGMENTATIONS, 0.))
     on = {k: getattr(recipe, k) for k in AUGMENTATIONS if getattr(recipe, k) and (k != "mixup" or len(hu) > 1)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

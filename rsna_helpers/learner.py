@@ -36,12 +36,14 @@ class WeightedBCE(nn.Module):
     "Binary cross-entropy of logits, labels weighted as in the competition's score. In training mode positives count more where `positive` says so; else the logits are freed of that."
     def __init__(self, weights,       # one a label
                  positive=None,       # weight of a positive, one a label; None: 1
-                 reduction="mean"):   # or "none": one loss an image
-        super().__init__(); w = torch.tensor(weights, dtype=torch.float32); self.register_buffer("w", w/w.sum()); self.reduction = reduction
+                 reduction="mean",    # or "none": one loss an image
+                 scored: float = 1.): # weight of a positive in the score itself, which nothing is freed of
+        super().__init__(); w = torch.tensor(weights, dtype=torch.float32); self.register_buffer("w", w/w.sum()); self.reduction, self.scored = reduction, scored
         self.register_buffer("positive", None if positive is None else torch.tensor(np.asarray(positive), dtype=torch.float32))
     def forward(self, logits, y):
         logits, extra = logits.float(), None if self.positive is None else self.positive.to(logits.device)
         if extra is not None and not self.training: logits, extra = logits - extra.log(), None
+        if self.scored != 1: extra = torch.as_tensor(self.scored, device=logits.device)*(1 if extra is None else extra)
         each = (F.binary_cross_entropy_with_logits(logits, y.float(), reduction="none", pos_weight=extra)*self.w.to(logits.device)).sum(-1)
         return each if self.reduction == "none" else each.mean()
     def activation(self, logits): return logits.float().sigmoid()
@@ -75,8 +77,8 @@ def make_learner(run: Run, train: pd.DataFrame, valid: pd.DataFrame, recipe: Rec
     "A learner for one fold. Raises `LeakageError` if a patient is on both sides."
     check_no_leak(pd.concat([train.patient, valid.patient], ignore_index=True), np.repeat([0, 1], [len(train), len(valid)]))
     labels = list(run.task.labels); model = build_model(recipe, len(labels), run.pretrained).to(memory_format=torch.channels_last)
-    prior = torch.tensor(train[labels].mean().clip(.001, .999).to_numpy(np.float32)); loss = WeightedBCE(run.task.class_weights, positive_weights(train[labels]) if recipe.balance == "weight" else None)
-    start = torch.logit(prior) if loss.positive is None else torch.logit(prior) + loss.positive.log()
+    prior = torch.tensor(train[labels].mean().clip(.001, .999).to_numpy(np.float32)); loss = WeightedBCE(run.task.class_weights, positive_weights(train[labels]) if recipe.balance == "weight" else None, scored=run.task.positive_weight)
+    start = torch.logit(prior) + np.log(run.task.positive_weight) if loss.positive is None else torch.logit(prior) + loss.positive.log() + np.log(run.task.positive_weight)
     with torch.no_grad(): model.classifier.bias.copy_(start)                    # start from the prevalence, not from one half
     return ResumableLearner(make_dls(run, train, valid, _part_of_batch(recipe)), model, loss_func=loss, opt_func=Adam, wd=recipe.weight_decay, path=path or run.models, model_dir=".", train_bn=False,
                             splitter=depth_groups if recipe.freeze or recipe.lr_spread != 1 else trainable_params,

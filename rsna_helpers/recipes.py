@@ -20,6 +20,7 @@ class Recipe:
     keep_empty: float = .2          # share of the training images with hardly any brain that is used
     neighbours: int = 0             # slices below and above that are shown with each slice, as further channels
     windows: tuple = ((40, 80), (30, 40), (60, 40))     # (center, width) in HU, one channel each: brain, its darker and its brighter half
+    mask: bool = False              # is each image of a stack a pair, HU and a mask of what is asked about? The mask is one more channel
     epochs: int = 14
     batch_size: int = 32
     lr: float = 2e-3                # peak of one-cycle; None: found by `lr_find`

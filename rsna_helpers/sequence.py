@@ -163,7 +163,7 @@ def fit_head(run: Run,          # from `core.start`
     check_no_leak(df.patient, df.fold); began = time.perf_counter(); labels = list(run.task.labels)
     here = cache_features(run, df, member, recipe, folder, fold); cached = time.perf_counter()
     seed_everything(run.seed + fold); head = build_head(member, recipe)
-    train, valid = (StudyFeatures(here, d, labels) for d in (df[df.fold != fold], df[df.fold == fold])); bce = WeightedBCE(run.task.class_weights)
+    train, valid = (StudyFeatures(here, d, labels) for d in (df[df.fold != fold], df[df.fold == fold])); bce = WeightedBCE(run.task.class_weights, scored=run.task.positive_weight)
     notes = [train_head(h, train, valid, recipe, bce, run.task.level, run.seed + fold + 1000*k, run.device) for k, h in enumerate(getattr(head, "heads", [head]))]
     for kind, n in zip(recipe.head.split("+"), notes):
         if n["head_epoch"] is None: log.warning("fold %d: the head %s never beat the first stage (loss %.4f) and changes nothing", fold, kind, n["stage1_loss"])

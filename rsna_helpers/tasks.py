@@ -92,6 +92,7 @@ class Task:
     windows: tuple                    # names of the windows worth looking at, see `dicom.WINDOWS`
     picture_window: tuple = None      # (center, width) assumed of an exported 8-bit picture, to get back to HU
     splits: tuple = ("train", "test")
+    positive_weight: float = 1.       # weight of a positive in the score, where that of a negative is 1
 
     def check_layout(self, raw) -> list: raise NotImplementedError
     def list_images(self, raw, split) -> pd.DataFrame: raise NotImplementedError

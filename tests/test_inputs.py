@@ -140,3 +140,14 @@ def test_gallery_shows_what_is_on_and_is_drawn_from_its_seed():
     assert np.array_equal(draw(r), draw(r)) and not np.array_equal(draw(r), draw(r, 1)) and torch.equal(torch.get_rng_state(), before)
     labels = [a.get_ylabel() for a in plot_augmentations(hu, r, n=1).axes if a.get_ylabel()]
     assert labels[0] == "turned\nup to ±15°" and labels[-1].startswith("all together"); plt.close("all")
+
+
+def test_a_mask_moves_with_the_picture_and_keeps_its_values():
+    "A mask of what is bright stays on what is bright, whatever geometry is drawn; brightness and noise do not touch it."
+    x = blob(c=3); pair = torch.stack([x, (x > 50).to(x.dtype)*1000], 2); recipe = replace(RECIPES["quick"], size=64, neighbours=1, windows=((60, 100),), mask=True, erase=0, export=.5, noise=0, blur=0, shade=0, harden=0, hu_shift=0, hu_gain=0)
+    torch.manual_seed(0); inputs = Inputs(recipe).train(); y = torch.cat([inputs(pair) for _ in range(8)]); picture, mask = y[:, 1], y[:, 3]
+    assert y.shape[1] == 4 and mask.min() >= -1.001 and mask.max() <= 1.001
+    on, off = picture[mask > .9], picture[mask < -.9]
+    assert len(on) > 100 and on.float().mean() > off.float().mean() + .5
+    loud = replace(recipe, export=0, rotate=0, zoom=0, shift=0, stretch=0, flip=0, noise=40, hu_shift=200, shade=50)
+    np.testing.assert_allclose(Inputs(loud).train()(pair)[:, 3], Inputs(loud).eval()(pair)[:, 3], atol=1e-4)
