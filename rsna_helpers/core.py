@@ -72,7 +72,7 @@ class Run:
     phantom: bool    # are the data synthetic?
 
     @property
-    def stack_size(self) -> int: return PROFILES[self.profile]["stack_size"] # side of the stored stacks in pixels
+    def stack_size(self) -> int: return _of_task(self.profile, "stack_size", self.task) # side of the stored stacks in pixels
 
     @property
     def truth(self): # DataFrame of the phantom's answers, or None for real data
@@ -152,10 +152,14 @@ def versions() -> dict: # name -> version of what matters
     return out
 
 # %% ../nbs/00_setup.ipynb #7b09e728
-PROFILES = {"test":  dict(patients=dict(n_train=12, n_test=4),     stack_size=96),       # patients of the phantom, side of the stacks in pixels
-            "quick": dict(patients=dict(n_train=230, n_test=40),  stack_size=256),
-            "kaggle_t4": dict(patients=dict(n_train=500, n_test=100), stack_size=256),
-            "full":  dict(patients=dict(n_train=500, n_test=100), stack_size=384)}
+_people = lambda n_train, n_test: dict(n_train=n_train, n_test=n_test)
+PROFILES = {"test":      dict(patients=dict(hemorrhage=_people(12, 4), cspine=_people(10, 4)), stack_size=dict(hemorrhage=96, cspine=64)),  # patients of the phantom, side of the stacks in pixels
+            "quick":     dict(patients=dict(hemorrhage=_people(230, 40), cspine=_people(160, 40)), stack_size=dict(hemorrhage=256, cspine=160)),
+            "kaggle_t4": dict(patients=dict(hemorrhage=_people(500, 100), cspine=_people(300, 60)), stack_size=dict(hemorrhage=256, cspine=256)),
+            "full":      dict(patients=dict(hemorrhage=_people(500, 100), cspine=_people(300, 60)), stack_size=dict(hemorrhage=384, cspine=384))}
+
+def _of_task(profile: str, what: str, task: Task): # a task that is not named takes what the first one has
+    by_task = PROFILES[profile][what]; return by_task.get(task.name, next(iter(by_task.values())))
 
 def _home(platform: str) -> Path: # folder under which data/ and models/ lie
     if platform == "kaggle": return Path("/kaggle/working")
@@ -190,7 +194,7 @@ def start(task=None,            # name of the task; default `hemorrhage`
     return run
 
 def _build_phantom(task: Task, folder: Path, profile: str, seed: int) -> Path: # the folder, built if need be
-    folder.parent.mkdir(parents=True, exist_ok=True); size = PROFILES[profile]["patients"]
+    folder.parent.mkdir(parents=True, exist_ok=True); size = _of_task(profile, "patients", task)
     with FileLock(str(folder) + ".lock"):
         if not folder.is_dir():
             print(f"no {task.slug} data here (RSNA_RAW=... names a copy): building a phantom of {size['n_train']} + {size['n_test']} patients in {folder.parent.name}/{folder.name}")

@@ -44,6 +44,7 @@ def _odd_files(h): # the same for what a file says of itself
     yield "files neither in Explicit nor in Implicit VR Little Endian", pick(d & h.transfer_syntax.notna() & ~h.transfer_syntax.isin(_LITTLE)), "decoded"
     yield "files with several windows", pick(several), "own windows are used"
     yield "files with several windows that differ", pick(several & (varied("window_centers") | varied("window_widths"))), "own windows are used"
+    yield "files that name another study than the one they lie in", pick(h.study_tag.notna() & h.study_tag.ne(h.study)) if "study_tag" in h else h.image[:0], "their folder is believed"
     yield "files with values in the header that cannot be used", pick(h.warnings.notna()), "taken for missing"
 
 def _odd_places(h): # the same for where a file belongs
@@ -72,6 +73,12 @@ def _turned(h): # studies whose slices are not parallel
     g = h.groupby("study")[[f"ori_{i}" for i in range(6)]]; spread = (g.max() - g.min()).max(axis=1)
     return spread.index[spread > .05].to_series()
 
+def _odd_boxes(h, labels, boxes): # the same for boxes
+    there = eda.found_in(boxes.image, h.image); y = labels[eda.overall_label(labels) or list(labels)[0]] if labels is not None and len(labels) else pd.Series(dtype=int)
+    yield "studies with boxes but without labels", pd.Series(boxes.attrs.get("unknown", []), dtype=object), "not used for training"
+    yield "rows of the box file that name an image that is not there", boxes.image[~there], "not used"
+    yield "studies with boxes that are labelled healthy", pd.Series([s for s in boxes.study.unique() if y.get(s, 1) == 0], dtype=object), "look at them: a label or a box is wrong"
+
 def _odd_labels(h, labels): # the same for the label file
     key = labels.index.name or "image"; with_label = eda.found_in(h[key], labels.index); splits = h.split[with_label].unique(); what = eda.what_labelled(labels)
     yield "rows of the label file standing twice", int(labels.attrs.get("repeated", 0)), "one is kept; contradictions are an error"
@@ -82,11 +89,12 @@ def _odd_labels(h, labels): # the same for the label file
 # %% ../nbs/helpers/datasheet.ipynb #dbb01555
 def oddities(headers: pd.DataFrame, # from `prepare_tables` or `dicom.header_table`
              labels: pd.DataFrame = None,  # from `prepare_tables`; None where there are none
+             boxes: pd.DataFrame = None,   # from `Task.read_boxes`
             ) -> pd.DataFrame:      # a row a thing that was looked for: oddity, count, example, what_then; 0 where there is none
     "Whatever differs from what one would assume about the files, the studies and the labels."
     h = headers.assign(size=headers.rows.astype(float)*1e6 + headers["columns"].astype(float))
     if "split" not in h: h["split"] = "all"
-    found = [*_odd_errors(h), *_odd_files(h), *_odd_places(h), *_odd_studies(h), *(_odd_labels(h, labels) if labels is not None else [])]
+    found = [*_odd_errors(h), *_odd_files(h), *_odd_places(h), *_odd_studies(h), *(_odd_labels(h, labels) if labels is not None else []), *(_odd_boxes(h, labels, boxes) if boxes is not None and len(boxes) else [])]
     return pd.DataFrame([dict(oddity=what, count=n if isinstance(n, int) else len(n), example="" if isinstance(n, int) or not len(n) else str(n.iloc[0]), what_then=then) for what, n, then in found])
 
 _ONE = dict(files="file", images="image", studies="study", patients="patient", labels="label", rows="row")
@@ -118,9 +126,9 @@ def _file_sizes(h) -> pd.DataFrame: # a row a split
     kb = h.file_bytes.groupby(h.split, sort=False)
     return pd.DataFrame({"files": h.groupby("split", sort=False).size(), "GB": (kb.sum()/1e9).round(3), "smallest (KB)": (kb.min()/1e3).round(1), "median (KB)": (kb.median()/1e3).round(1), "largest (KB)": (kb.max()/1e3).round(1)})
 
-def _example(row, read, labels, px=150) -> str: # one image with what its header says
+def _example(row, read, labels, px=150, window="brain") -> str: # one image with what its header says
     y = labels.loc[row[labels.index.name or "image"]] if labels is not None and row[labels.index.name or "image"] in labels.index else None
-    try: hu = read(row.path)[0]; picture = f'<img alt="{html.escape(str(row.image))}" src="{data_uri(Image.fromarray(thumbnail(hu, "brain" if row.modality == "CT" else "hist", px, body_box(hu))), "JPEG", quality=80)}">'
+    try: hu = read(row.path)[0]; picture = f'<img alt="{html.escape(str(row.image))}" src="{data_uri(Image.fromarray(thumbnail(hu, window if row.modality == "CT" or window != "brain" else "hist", px, body_box(hu))), "JPEG", quality=80)}">'
     except DicomError as e: picture = f"<b>not readable: {html.escape(e.cause)}</b>"
     text = [str(row.image), "no size" if pd.isna(row.rows) else f"{row.rows:g} x {row['columns']:g}", f"study {row.study}", ", ".join(c for c in labels if y[c] == 1) or "no label true" if y is not None else "not labelled"]
     return f"<figure>{picture}<br>{'<br>'.join(map(html.escape, text))}</figure>"
@@ -148,13 +156,13 @@ def summary_page(data,                        # a `Run`, or a table of `dicom.he
                 ) -> Path:                    # the file
     "All that the tables say about a data set, on one page without network or scripts. Raises `ValueError` without `out` for a bare table."
     run = data if isinstance(data, Run) else None
-    if run: own, h = eda.prepare_tables(run); labels = own if labels is None else labels; read, h = run.task.read_image, h.assign(path=[str(run.raw/p) for p in h.path])
-    else: h, read = (data if "split" in data else data.assign(split="all")), dicom.read_image
+    if run: own, h = eda.prepare_tables(run); labels = own if labels is None else labels; boxes = run.task.read_boxes(run.raw); read, h = run.task.read_image, h.assign(path=[str(run.raw/p) for p in h.path])
+    else: boxes = None; h, read = (data if "split" in data else data.assign(split="all")), dicom.read_image
     if out is None and run is None: raise ValueError("out: a file name is wanted for a table of headers")
     out, title = Path(out or run.data/"summary.html"), title or (run.task.title if run else "Data set")
-    text = "".join(f"<li>{html.escape(s)}</li>" for s in sentences(oddities(h, labels))); some = h.sample(min(n_examples, len(h)), random_state=seed)
+    text = "".join(f"<li>{html.escape(s)}</li>" for s in sentences(oddities(h, labels, boxes))); some = h.sample(min(n_examples, len(h)), random_state=seed)
     parts = [("Overview", _table(eda.split_table(h, labels))), ("Oddities", f"<ul>{text}</ul>"), *_tag_sections(h), *(_label_sections(h, labels) if labels is not None and len(labels) else []),
-             ("Examples, drawn at random", "".join(_example(r, read, labels) for _, r in some.iterrows()))]
+             ("Examples, drawn at random", "".join(_example(r, read, labels, window=run.task.windows[0] if run else "brain") for _, r in some.iterrows()))]
     body = "".join(f"<h2>{html.escape(name)}</h2>{part}" for name, part in parts)
     with writing(out) as p: p.write_text(_HEAD.format(title=html.escape(title)) + body + "</body></html>\n", encoding="utf-8")
     return out

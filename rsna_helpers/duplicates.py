@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .core import Run, fingerprint, load_json, save_parquet, stage
 from .dicom import WINDOWS, DicomError
-from .npy import head_box, load_index, load_stack
+from .npy import BOXES, head_box, load_index, load_stack
 
 # %% ../nbs/helpers/duplicates.ipynb #92774a2d
 def pixel_hash(hu: np.ndarray, # (rows, columns) HU
@@ -31,9 +31,10 @@ def picture_hash(hu: np.ndarray,  # (rows, columns) HU
                  low: float = 0., # HU that is drawn black
                  high: float = 80.,# HU that is drawn white
                  grey: float = .2,# share that must be neither black nor white
+                 box=head_box,    # HU -> where the patient is
                 ):                # (4,) uint64, or None for a picture with nothing telling in it
-    "256-bit difference hash of what `head_box` finds. After Krawetz, 'Kind of like that' (hackerfactor.com, 2013)."
-    box = head_box(hu) if hu.min() < hu.max() else None
+    "256-bit difference hash of what `box` finds. After Krawetz, 'Kind of like that' (hackerfactor.com, 2013)."
+    box = box(hu) if hu.min() < hu.max() else None
     if box is None: return None
     top, bottom, left, right = box
     small = cv2.resize(np.clip(hu[top:bottom, left:right], low, high).astype(np.float32), (17, 16), interpolation=cv2.INTER_AREA)
@@ -50,15 +51,16 @@ def hash_distance(a: np.ndarray, # (..., 4) uint64
     return np.unpackbits(bits.view(np.uint8), axis=-1).sum(-1, dtype=np.int64)
 
 # %% ../nbs/helpers/duplicates.ipynb #fb56fd85
-def likeness(a: np.ndarray,     # (rows, columns) HU, with a head in it
+def likeness(a: np.ndarray,     # (rows, columns) HU, with a patient in it
              b: np.ndarray,     # another one
              low: float = 0., high: float = 80., # HU drawn black and white
+             box=head_box,      # HU -> where the patient is
             ) -> float:         # about 1: the same picture; in the phantom other patients stay below .8
-    "Peak of the phase correlation of the two heads, drawn at 128 pixels a side. `ValueError` where there is no head."
+    "Peak of the phase correlation of the two patients, drawn at 128 pixels a side. `ValueError` where there is none."
     def drawn(hu):
-        box = head_box(hu)
-        if box is None: raise ValueError("there is nothing in the picture that could be compared")
-        top, bottom, left, right = box
+        found = box(hu)
+        if found is None: raise ValueError("there is nothing in the picture that could be compared")
+        top, bottom, left, right = found
         return cv2.resize(np.clip(hu[top:bottom, left:right], low, high).astype(np.float32), (128, 128), interpolation=cv2.INTER_AREA)
     return float(cv2.phaseCorrelate(drawn(a), drawn(b), cv2.createHanningWindow((128, 128), cv2.CV_32F))[1])
 
@@ -97,10 +99,10 @@ def near_pairs(hashes: np.ndarray, # (n, 4) uint64
     return pd.DataFrame(found, columns=["a", "b", "distance"]).sort_values(["distance", "a", "b"], ignore_index=True)
 
 # %% ../nbs/helpers/duplicates.ipynb #5d8f3cad
-def _hash_study(run, study, rows, low, high) -> list: # (image, pixels, four numbers) of the images of one stack
+def _hash_study(run, study, rows, low, high, box) -> list: # (image, pixels, four numbers) of the images of one stack
     stack, out = load_stack(run, study), []
     for image, position in zip(rows.image, rows.position):
-        look = picture_hash(stack[position], low, high)
+        look = picture_hash(stack[position], low, high, box=box)
         out.append((image, pixel_hash(stack[position]), look is None, *(np.zeros(4, np.uint64) if look is None else look)))
     return out
 
@@ -109,12 +111,12 @@ def hash_stacks(run: Run,               # from `core.start`
                ) -> pd.DataFrame:       # index image; pixels, blank (nothing telling in the picture), h0 .. h3
     "Pixel and picture hash of every image in a stack, from `hashes.parquet`; made if the stacks have changed."
     index = load_index(run); index = index[index.position >= 0]; file = run.data/"hashes.parquet"
-    center, width = WINDOWS[run.task.windows[0]]; low, high = center - width/2, center + width/2
+    center, width = WINDOWS[run.task.windows[0]]; low, high, box = center - width/2, center + width/2, BOXES[run.task.crop]
     facts = dict(hash=1, stacks=(load_json(run.data/"npy.json") or {}).get("facts"), rows=fingerprint(index[["image", "study", "position"]]), window=[low, high])
     with stage(run, "hashes", facts) as s:
         if not (s["done"] and file.is_file()):
             s["done"] = False; studies = index.groupby("study", sort=True)
-            jobs = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(delayed(_hash_study)(run, study, rows, low, high) for study, rows in studies)
+            jobs = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(delayed(_hash_study)(run, study, rows, low, high, box) for study, rows in studies)
             rows = [r for part in tqdm(jobs, total=studies.ngroups, desc="hashes: studies", disable=not progress) for r in part]
             table = pd.DataFrame(rows, columns=["image", "pixels", "blank", "h0", "h1", "h2", "h3"]).set_index("image"); save_parquet(table, file)
             s["result"] = dict(images=len(table), blank=int(table.blank.sum()), distinct=int(table.pixels.nunique()))
@@ -125,7 +127,7 @@ def _settle(run, pairs, rows, low, high, least) -> pd.DataFrame: # pairs with `l
     same, like = [], []
     for a, b in zip(pairs.a, pairs.b):
         one, two = rows.iloc[a], rows.iloc[b]
-        like.append(likeness(load_stack(run, one.study)[one.position], load_stack(run, two.study)[two.position], low, high))
+        like.append(likeness(load_stack(run, one.study)[one.position], load_stack(run, two.study)[two.position], low, high, BOXES[run.task.crop]))
         same.append(like[-1] >= least and _raw_hash(run, one.path) == _raw_hash(run, two.path) != None)
     return pairs.assign(likeness=np.array(like, float), identical=np.array(same, bool))
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['prepare_tables', 'found_in', 'labelled', 'what_labelled', 'in_several', 'split_table', 'overall_label', 'subtypes',
            'label_counts', 'plot_label_counts', 'plot_labels_each', 'cooccurrence', 'plot_cooccurrence', 'prevalence',
-           'plot_prevalence', 'plot_sizes', 'plot_heights', 'persistence', 'tag_counts', 'syntax_names', 'tag_presence',
-           'slice_gaps', 'plot_geometry', 'sample_pixels', 'plot_pixels', 'describe_pixels', 'plot_brain_share',
-           'plot_random', 'dense_mask', 'dense_share', 'choose_images', 'healthy_image', 'plot_gallery', 'read_study',
-           'study_marks', 'plot_study']
+           'plot_prevalence', 'plot_sizes', 'plot_heights', 'persistence', 'box_table', 'plot_boxes', 'tag_counts',
+           'syntax_names', 'tag_presence', 'slice_gaps', 'plot_geometry', 'sample_pixels', 'plot_pixels',
+           'describe_pixels', 'plot_brain_share', 'plot_random', 'dense_mask', 'dense_share', 'choose_images',
+           'healthy_image', 'plot_gallery', 'read_study', 'study_marks', 'plot_study']
 
 # %% ../nbs/01_eda.ipynb #8ec0df4d
 import shutil
@@ -44,6 +44,7 @@ def _read_headers(run, files, folder, n_jobs, progress, step=20_000): # the head
             if not part.is_file(): save_parquet(dicom.header_table([run.raw/p for p in some.path], n_jobs, progress=False), part)
             df = pd.read_parquet(part); parts.append(df.astype({c: object for c in df if not pd.api.types.is_numeric_dtype(df[c])})); bar.update(len(some))
     headers = pd.concat(parts, ignore_index=True)
+    if "study" in files: headers["study_tag"] = headers.study      # what the file itself says
     for c in files: headers[c] = files[c].to_numpy()      # what the task knows (image, split, perhaps patient and study) goes before what the header says
     return headers
 
@@ -90,6 +91,9 @@ def what_labelled(labels: pd.DataFrame, many: bool = True) -> str: # "images" or
     "What a row of the labels stands for, as a word."
     return {"study": "studies"}.get(w := labels.index.name or "image", w + "s") if many else labels.index.name or "image"
 
+def _word(labels) -> str: # what the labels beside the overall one are called
+    return "subtypes" if labels.index.name in (None, "image") else "labels"
+
 def in_several(headers: pd.DataFrame, by: str, column: str) -> pd.Index: # values of `by`
     "Which values of one column stand with more than one value of another."
     n = headers[[by, column]].dropna().drop_duplicates()[by].value_counts(sort=False); return n.index[n > 1]
@@ -119,9 +123,9 @@ def label_counts(labels: pd.DataFrame) -> pd.DataFrame: # a row a label: positiv
     subs = subtypes(labels); one = labels[subs].sum(axis=1) == 1
     return pd.DataFrame({"positive": labels.sum(), "share": labels.mean(), "alone": pd.Series({c: int((labels[c].eq(1) & one).sum()) for c in labels})})
 
-def plot_label_counts(labels: pd.DataFrame, ax=None): # axes
-    "Positives of each label."
-    t = label_counts(labels).sort_values("positive")
+def plot_label_counts(labels: pd.DataFrame, sort: bool = True, ax=None): # axes
+    "Positives of each label, the most frequent on top; not sorted: in the order of the columns, the first on top."
+    t = label_counts(labels); t = t.sort_values("positive") if sort else t[::-1]
     ax = new_axes(f"{len(labels):,} labelled {what_labelled(labels)}: how many show what", f"{what_labelled(labels)} with the label", size=(6, .4*len(t) + .9), ax=ax)
     bars = ax.barh(t.index, t.positive, color=[ACCENT if c in subtypes(labels) else INK for c in t.index], height=.65)
     ax.bar_label(bars, [f" {n:,}  ({s:.1%})" for n, s in zip(t.positive, t.share)], fontsize=8, color=INK); ax.margins(x=.25)
@@ -133,9 +137,9 @@ def _log_bars(ax, n, colours, most=12): # counts from one to a million, with the
     ax.bar_label(bars, [f"{v:,}" for v in n], fontsize=8, color=INK, padding=2); ax.set_ylim(.7, n.max()*3 if len(n) else 1); ax.set_xlim(n.index.min() - .9 if len(n) else 0, n.index.max() + .9 if len(n) else 1)
 
 def plot_labels_each(labels: pd.DataFrame, ax=None): # axes
-    "How many subtypes an image (or study) has at once."
+    "How many labels an image (or study) has at once, the overall one aside."
     n = labels[subtypes(labels)].sum(axis=1).value_counts().sort_index(); one = what_labelled(labels, many=False)
-    ax = new_axes(f"How many subtypes one {one} shows at once", f"subtypes in one {one}", f"{what_labelled(labels)} (logarithmic)", (6, 2.8), ax)
+    ax = new_axes(f"How many {_word(labels)} one {one} shows at once", f"{_word(labels)} in one {one}", f"{what_labelled(labels)} (logarithmic)", (6, 2.8), ax)
     _log_bars(ax, n, [GREY if i == 0 else ACCENT for i in n.index])
     return ax
 
@@ -158,7 +162,7 @@ def plot_cooccurrence(labels: pd.DataFrame): # figure
     fig, (a, b) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=72, layout="constrained")
     new_axes("share that has the column's label as well", ax=a); _heat(a, share.where(~np.eye(len(subs), dtype=bool)), ".0%", 0, 1, "Reds")
     corr = corr.where(~np.eye(len(subs), dtype=bool)); most = max(.5, float(np.nan_to_num(corr.abs().max().max())))
-    new_axes("correlation of the subtypes", ax=b); _heat(b, corr, ".2f", -most, most, "RdBu_r")
+    new_axes(f"correlation of the {_word(labels)}", ax=b); _heat(b, corr, ".2f", -most, most, "RdBu_r")
     return fig
 
 # %% ../nbs/01_eda.ipynb #d49a0b19
@@ -167,12 +171,13 @@ def prevalence(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # a
     t = labelled(headers, labels); out = {}
     for level in (["image"] if labels.index.name in (None, "image") else []) + ["study", "patient"]:
         m = t.groupby(level)[list(labels)].max(); out[level] = pd.concat([pd.Series({"n": len(m)}), m.mean()])
+    if "image" not in out and (t.study == t.patient).all(): del out["patient"]      # a study is all that is known of a patient
     return pd.DataFrame(out)
 
 def plot_prevalence(headers: pd.DataFrame, labels: pd.DataFrame, ax=None): # axes
     "The same labels, counted by image, by study and by patient."
     t = prevalence(headers, labels); n = t.loc["n"]; t = t.drop("n").sort_values(t.columns[-1])
-    ax = new_axes("Rare in images, common in patients", "share with the label", size=(6, .45*len(t) + 1), ax=ax)
+    ax = new_axes("Rare in images, common in patients" if "image" in t else "How many have which label", "share with the label", size=(6, .45*len(t) + 1), ax=ax)
     for k, (c, colour) in enumerate(zip(t.columns[::-1], [ACCENT, INK, GREY])):
         ax.barh(np.arange(len(t)) + (1 - k)*.26, t[c], height=.24, color=colour, label=f"{c} (n = {n[c]:,.0f})")
     ax.set_yticks(range(len(t)), t.index); ax.xaxis.set_major_formatter("{x:.0%}"); ax.legend(fontsize=8, frameon=False, loc="lower right")
@@ -192,25 +197,53 @@ def plot_sizes(headers: pd.DataFrame): # figure
     fig, ax = plt.subplots(1, 3, figsize=(10.5, 2.6), dpi=72, layout="constrained", width_ratios=[1.6, 1, 1])
     _hist(ax[0], n, np.arange(n.min() - .5, n.max() + 1.5, max((n.max() - n.min())//30, 1)) if len(n) else 10, "A study is a stack of images", "images in the study", "studies")
     for a, by, c, many, title in ((ax[1], "study", "series", "studies", "Series of a study"), (ax[2], "patient", "study", "patients", "Some patients come more than once")):
-        m = counts(by, c); new_axes(title, "series in the study" if c == "series" else "studies of the patient", f"{many} (logarithmic)", ax=a); _log_bars(a, m, [ACCENT]*len(m))
+        m = counts(by, c); title = "A study a patient" if by == "patient" and m.index.max() == 1 else title; new_axes(title, "series in the study" if c == "series" else "studies of the patient", f"{many} (logarithmic)", ax=a); _log_bars(a, m, [ACCENT]*len(m))
     return fig
 
 # %% ../nbs/01_eda.ipynb #c8351973
-def plot_heights(headers: pd.DataFrame, labels: pd.DataFrame, bins: int = 12, ax=None): # axes
-    "Share of images with each label by height in the series."
-    t = labelled(headers, labels); t = t[t.error.isna()]; subs = subtypes(labels)
+def _placed(headers, labels, boxes) -> tuple: # (labelled images in order, their label columns): what is known of single images
+    t = labelled(headers, labels)
+    if labels.index.name in (None, "image"): return t, list(labels), subtypes(labels)
+    if boxes is None or not len(boxes): raise ValueError(f"the labels belong to {what_labelled(labels)}: which of the images show them is not known without boxes")
+    t = t[t.study.isin(boxes.study)].reset_index(drop=True); return t.assign(box=found_in(t.image, boxes.image).astype(int)), ["box"], ["box"]
+
+def plot_heights(headers: pd.DataFrame, labels: pd.DataFrame, bins: int = 12, ax=None,
+                 boxes: pd.DataFrame = None,  # from `Task.read_boxes`; needed where labels belong to studies, of which only those with boxes count then
+                ): # axes
+    "Share of images with each label (or a box) by height in the series. Raises `ValueError` for labels of studies without boxes."
+    t, _, subs = _placed(headers, labels, boxes); t = t[t.error.isna()]
     at = (t.height*bins).astype(int).clip(upper=bins - 1)
     m = t.groupby(at)[subs].mean().reindex(range(bins)); x = (m.index + .5)/bins
-    ax = new_axes("Where in the stack each label is found", "height in the study (0 = lowest slice, 1 = highest)", "share of slices with the label", (6.5, 3), ax)
+    what = "each label is found" if subs != ["box"] else f"the boxes lie ({t.study.nunique():,} studies)"
+    ax = new_axes(f"Where in the stack {what}", "height in the study (0 = lowest slice, 1 = highest)", f"share of slices with {'a box' if subs == ['box'] else 'the label'}", (6.5, 3), ax)
     for k, c in enumerate(subs): ax.plot(x, m[c], color=plt.cm.Dark2(k % 8), lw=1.8, label=c if t[c].any() else f"{c} (none)")
     ax.yaxis.set_major_formatter(PercentFormatter(1)); ax.set_xlim(0, 1); ax.set_ylim(0); ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
-def persistence(headers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame: # a row a label, probabilities
-    "How much an image's neighbour in the series says: share of positives, overall and where the image below is positive, or negative."
-    t = labelled(headers, labels); cols = list(labels); g = t.groupby(["study", "series"], dropna=False)[cols]; below = g.shift(1)
+def persistence(headers: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame = None) -> pd.DataFrame: # a row a label (or `box`), probabilities
+    "How much an image's neighbour in the series says: share of positives, overall and where the image below is positive, or negative. Boxes as in `plot_heights`."
+    t, cols, _ = _placed(headers, labels, boxes); g = t.groupby(["study", "series"], dropna=False)[cols]; below = g.shift(1)
     share = lambda c, v: t[c][below[c] == v].mean()
     return pd.DataFrame({"all slices": t[cols].mean(), "slice below positive": [share(c, 1) for c in cols], "slice below negative": [share(c, 0) for c in cols]}, index=cols)
+
+# %% ../nbs/01_eda.ipynb #d110f2f8
+def box_table(headers: pd.DataFrame, # from `prepare_tables`
+              boxes: pd.DataFrame,   # from `Task.read_boxes`
+             ) -> pd.DataFrame:      # a row a study: boxes, slices with one, slices, share of them, median width and height in mm (NaN without spacing)
+    "How much of each study is boxed."
+    mm = boxes.merge(headers.drop_duplicates("image").set_index("image")[["spacing_row", "spacing_col"]], left_on="image", right_index=True, how="left")
+    g = mm.assign(w=mm.width*mm.spacing_col, h=mm.height*mm.spacing_row).groupby("study"); slices = headers.groupby("study").size()
+    t = pd.DataFrame({"boxes": g.size(), "slices with a box": g.image.nunique(), "slices": slices.reindex(g.size().index), "width (mm)": g.w.median(), "height (mm)": g.h.median()})
+    return t.assign(share=t["slices with a box"]/t.slices)
+
+def plot_boxes(headers: pd.DataFrame, boxes: pd.DataFrame): # figure
+    "Boxes a study, the share of its slices that have one, and the size of a box."
+    t = box_table(headers, boxes); fig, ax = plt.subplots(1, 3, figsize=(10, 2.6), dpi=72, layout="constrained")
+    _hist(ax[0], t.boxes, 25, f"{len(boxes):,} boxes in {len(t):,} studies", "boxes in the study", "studies")
+    _hist(ax[1], t.share*100, 25, "A few slices show it", "slices with a box (%)", "studies")
+    _hist(ax[2], (t["width (mm)"]*t["height (mm)"])**.5, 25, "Size of a box", "side of a square of like area (mm)", "studies")
+    return fig
+
 
 # %% ../nbs/01_eda.ipynb #8263e047
 def tag_counts(headers: pd.DataFrame, # from `prepare_tables`
@@ -231,7 +264,7 @@ def syntax_names(headers: pd.DataFrame) -> pd.Series: # a text a row
 
 def tag_presence(headers: pd.DataFrame) -> pd.DataFrame: # a row a tag that some file lacks: files with it, share, distinct values
     "Which tags are missing, and how often."
-    t = headers.drop(columns=["path", "image", "split", "format", "file_bytes", "warnings", "error"], errors="ignore")
+    t = headers.drop(columns=["path", "image", "split", "study_tag", "format", "file_bytes", "warnings", "error"], errors="ignore")
     out = pd.DataFrame({"files with it": t.count(), "share": t.notna().mean().round(4), "values": t.nunique()})
     return out[out["files with it"] < len(t)].sort_values("files with it")
 
@@ -321,11 +354,11 @@ def plot_brain_share(stats: pd.DataFrame,  # from `sample_pixels`
     return ax
 
 # %% ../nbs/01_eda.ipynb #9f7e91df
-def plot_random(run: Run, headers: pd.DataFrame, labels: pd.DataFrame, n: int = 14, window="brain", seed: int = None, **kwargs): # figure; `kwargs` of `explain.gallery`
-    "Readable labelled images drawn at random, with their labels."
+def plot_random(run: Run, headers: pd.DataFrame, labels: pd.DataFrame, n: int = 14, window=None, seed: int = None, **kwargs): # figure; `window`: the task's first; `kwargs` of `explain.gallery`
+    "Readable labelled images drawn at random, with their labels (or those of their study)."
     t = labelled(headers, labels); t = t[t.error.isna()]; t = t.sample(min(n, len(t)), random_state=run.seed if seed is None else seed); subs = subtypes(labels)
     names = [", ".join(c for c in subs if r[c] == 1) or "no label" for r in t[subs].to_dict("records")]
-    return gallery([_read(run, p) for p in t.path], window, names, **dict(cols=7, px=88) | kwargs)
+    return gallery([_read(run, p) for p in t.path], window or run.task.windows[0], names, **dict(cols=7, px=88) | kwargs)
 
 def _read(run, path): # HU, or None for a file that cannot be read
     try: return run.task.read_image(run.raw/path)[0]
@@ -349,7 +382,8 @@ def choose_images(run: Run,              # from `core.start`
                   labels: pd.DataFrame,  # from `prepare_tables`
                   n: int = 4,            # images a label, each of another study
                  ) -> pd.DataFrame:      # label, image, study, path, height, alone (no other subtype), seen (`dense_share`); fewer than n where there are no more
-    "Images that show a subtype well, best first. Reads at most 4 n files a label."
+    "Images that show a subtype well, best first. Reads at most 4 n files a label. Raises `ValueError` for labels of studies, which do not say which image to take."
+    if labels.index.name not in (None, "image"): raise ValueError(f"the labels belong to {what_labelled(labels)}: which of the images show them is not known")
     t = labelled(headers, labels); t = t[t.error.isna()]; subs, truth, out = subtypes(labels), run.truth, []
     for c in subs:
         pos = t[t[c].eq(1)]; one = pos[pos[subs].sum(axis=1).eq(1)]; a = one if one.study.nunique() >= min(n, pos.study.nunique()) else pos
@@ -402,15 +436,17 @@ def read_study(run: Run,               # from `core.start`
 
 def study_marks(rows: pd.DataFrame,   # header rows of a study, or rows of the index of its stack, in order
                 labels: pd.DataFrame, # from `prepare_tables`
+                boxes: pd.DataFrame = None, # from `Task.read_boxes`: what is marked where the labels belong to studies
                ) -> tuple:            # (a text an image: number, labels, error; whether it has a label)
-    "Captions and marks for the pictures of `explain`."
-    subs = subtypes(labels); y = labels.reindex(rows[labels.index.name or "image"])[subs].eq(1).to_numpy()
+    "Captions and marks for the pictures of `explain`. A label of the study marks no image."
+    if labels.index.name in (None, "image"): subs = subtypes(labels); y = labels.reindex(rows.image)[subs].eq(1).to_numpy()
+    else: subs = ["box"]; y = found_in(rows.image, [] if boxes is None else boxes.image)[:, None]
     says = [["not readable"] if isinstance(e, str) else [c for c, on in zip(subs, v) if on] for e, v in zip(rows.error, y)]
     return ["\n".join([f"{i + 1}/{len(rows)}", *s]) for i, s in enumerate(says)], y.any(axis=1)
 
-def plot_study(run: Run, headers: pd.DataFrame, labels: pd.DataFrame, study: str, window="brain", **kwargs): # figure; `kwargs` of `explain.plot_stack`
-    "One study from its files: slices in order with the labelled ones framed, and two cuts across them."
-    stack, rows = read_study(run, headers, study); captions, mark = study_marks(rows, labels); step, px = slice_gaps(rows).median(), rows.spacing_row.median()
-    names = sorted({c for t in captions for c in t.split("\n")[1:]} & set(subtypes(labels)))
-    title = f"study {study}, {len(stack)} slices from the lowest up, {window} window; framed: {', '.join(names) or 'none'}"
+def plot_study(run: Run, headers: pd.DataFrame, labels: pd.DataFrame, study: str, window=None, boxes: pd.DataFrame = None, **kwargs): # figure; `window`: the task's first; `boxes` as in `study_marks`; `kwargs` of `explain.plot_stack`
+    "One study from its files: slices in order with the labelled ones (or those with a box) framed, and two cuts across them."
+    window = window or run.task.windows[0]; stack, rows = read_study(run, headers, study); captions, mark = study_marks(rows, labels, boxes); step, px = slice_gaps(rows).median(), rows.spacing_row.median()
+    names = sorted({c for t in captions for c in t.split("\n")[1:]} & {*subtypes(labels), "box"}); of_study = labels.index.name == "study" and study in labels.index
+    title = f"study {study}, {len(stack)} slices from the lowest up, {window} window; framed: {', '.join(names) or 'none'}" + (f"; the study: {', '.join(c for c in subtypes(labels) if labels.at[study, c]) or 'no label'}" if of_study else "")
     return plot_stack(stack, window, (step, px) if step > 0 and px > 0 else None, title, mark=mark, **kwargs)

@@ -246,15 +246,16 @@ def report_figures(y: pd.DataFrame,   # truth, index image
                    place=None,        # relative place in the stack of each row
                    n_boot: int = 200, # resamples for the bands
                    seed: int = 42,    # seed of the resamples
+                   main: str = None,  # the label whose decision is shown in full; default: the last
                   ) -> dict:          # caption -> matplotlib Figure
-    "Curves, reliability and scores of every label; the decision in full for the last label."
+    "Curves, reliability and scores of every label; the decision in full for the main one."
     labels = list(y.columns); at = {l: .5 if threshold is None or pd.isna(threshold[l]) else float(threshold[l]) for l in labels}; out = {}
-    main = labels[-1]
+    main = main or labels[-1]
     fig, axes = plt.subplots(1, 2 + (place is not None), figsize=(9 if place is None else 13, 3.4), dpi=72, layout="constrained")
     plot_thresholds(y[main], p[main], threshold=at[main], ax=axes[0]); plot_confusion(y[main], p[main], at[main], ax=axes[1])
     if place is not None: plot_errors_by_place(y[main], p[main], place, groups, at[main], n_boot=n_boot, seed=seed, ax=axes[2])
     out[f"Decisions: {main}"] = fig
-    for l in labels[::-1]:
+    for l in [main, *(l for l in labels[::-1] if l != main)]:
         fig, axes = plt.subplots(1, 4, figsize=(15, 3.2), dpi=72, layout="constrained")
         plot_roc(y[l], p[l], groups, n_boot=n_boot, seed=seed, ax=axes[0]); plot_pr(y[l], p[l], groups, n_boot=n_boot, seed=seed, ax=axes[1])
         plot_reliability(y[l], p[l], groups, n_boot=n_boot, seed=seed, ax=axes[2]); plot_scores(y[l], p[l], threshold=at[l], ax=axes[3])

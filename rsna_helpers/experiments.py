@@ -113,9 +113,9 @@ def experiment_table(run: Run, df: pd.DataFrame,
     that other patients chose, difference to the baseline with interval, and the facts."""
     baseline, facts, labels, rows = baseline or next(iter(predictions)), facts or {}, list(run.task.labels), {}
     truth = df.loc[next(iter(predictions.values())).index]; y = truth[labels]; known = [l for l in labels if 0 < y[l].sum() < len(y)]
-    scores = ["mean AUC", f"F1 {labels[-1]}", "difference", "difference_low", "difference_high"]
+    scores = ["mean AUC", f"F1 {run.task.main}", "difference", "difference_low", "difference_high"]
     for name, p in predictions.items():
-        p = p.loc[y.index, labels]; f1 = choose_thresholds(y, p, truth.fold, truth.patient, rule="f1", seed=run.seed).f1[labels[-1]]
+        p = p.loc[y.index, labels]; f1 = choose_thresholds(y, p, truth.fold, truth.patient, rule="f1", seed=run.seed).f1[run.task.main]
         pair = paired_difference(run, df, predictions[baseline], p) if baseline in predictions else (np.nan,)*3
         rows[name] = dict(zip(scores, [np.mean([rank_auc(y[l], p[l]) for l in known]) if known else np.nan, f1, *pair])) | facts.get(name, {})
     return compare(run, truth, predictions).join(pd.DataFrame.from_dict(rows, orient="index").reindex(columns=scores + FACTS).astype({"size": "Int64", "parameters": "Int64"})).rename_axis("experiment")

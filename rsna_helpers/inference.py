@@ -269,7 +269,7 @@ def submit(run: Run,           # from `core.start`
     prior = pd.DataFrame([load_json(Path(f)/"recipe.json")["prior"] for f in folders]).mean().to_dict()
     asked = fill_in(p, _errors(run, index), expected, prior)                               # ids that have no file are wanted too
     path = submission_path(run)
-    run.task.write_submission(asked, path, expected); run.task.check_submission(path, expected)
+    run.task.write_submission(asked, path, run.raw); run.task.check_submission(path, run.raw)      # the rows that the sample has
     filled = p.attrs["filled"] | asked.attrs.pop("filled"); save_parquet(asked, run.data/"predictions"/"test.parquet")
     report = dict(path=str(path), images=len(asked), filled=filled, budget=p.attrs.get("budget"), held_out=score_held_out(run, p, index), versions=versions())
     save_json(report, run.data/"submission.json")

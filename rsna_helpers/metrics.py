@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEMORRHAGE_LABELS', 'HEMORRHAGE_WEIGHTS', 'CSPINE_LABELS', 'CSPINE_WEIGHTS', 'side_by_side', 'checked',
-           'weighted_log_loss', 'hemorrhage_rows', 'hemorrhage_log_loss', 'cspine_log_loss', 'study_kappa', 'by_row',
-           'group_codes', 'rank_auc', 'matched_auc', 'study_mean', 'study_scores', 'position_strata', 'ratio_interval',
-           'score_interval', 'binned_counts', 'average_precision', 'resampled_curves', 'reliability',
-           'expected_calibration_error', 'class_report', 'paired_report']
+           'weighted_log_loss', 'hemorrhage_rows', 'hemorrhage_log_loss', 'cspine_rows', 'cspine_log_loss',
+           'study_kappa', 'by_row', 'group_codes', 'rank_auc', 'matched_auc', 'study_mean', 'study_scores',
+           'position_strata', 'ratio_interval', 'score_interval', 'binned_counts', 'average_precision',
+           'resampled_curves', 'reliability', 'expected_calibration_error', 'class_report', 'paired_report']
 
 # %% ../nbs/helpers/metrics.ipynb #f1c07d6f
 from collections.abc import Iterator, Sequence
@@ -185,6 +185,14 @@ def hemorrhage_log_loss(y,                  # truth, (images, 6), `any` last; or
 # %% ../nbs/helpers/metrics.ipynb #57c053b6
 CSPINE_LABELS = ("patient_overall", "C1", "C2", "C3", "C4", "C5", "C6", "C7")
 CSPINE_WEIGHTS = (7, 1, 1, 1, 1, 1, 1, 1)
+
+def cspine_rows(y,                  # truth, (studies, 8): patient_overall, C1 .. C7; or a DataFrame
+                p,                  # probabilities, (studies, 8); or a DataFrame
+                eps: float = 1e-15, # clip
+               ) -> np.ndarray:     # (studies,): weighted loss of each study, in the order of `y`
+    "Loss of each study, its weights brought to a sum of 1; the mean is `cspine_log_loss`. Same errors."
+    y, p = checked(y, p, 8, labels=CSPINE_LABELS); w = np.array(CSPINE_WEIGHTS) * (1 + y)
+    return (_log_loss(y, p, eps) * w).sum(1) / w.sum(1)
 
 def cspine_log_loss(y,                  # truth, (studies, 8): patient_overall, C1 .. C7; or a DataFrame
                     p,                  # probabilities, (studies, 8); or a DataFrame

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'INDEX', 'TEXT', 'MARKS', 'convert', 'create_npy', 'summary', 'load_index', 'load_stack', 'oddities',
-           'list_files', 'folder_headers', 'convert_folder', 'assign_studies', 'brain_area', 'brain_share',
+           'list_files', 'folder_headers', 'convert_folder', 'BOXES', 'assign_studies', 'brain_area', 'brain_share',
            'crop_square', 'head_box', 'order_slices', 'safe_name', 'stack_study', 'study_box']
 
 # %% ../nbs/02_create_npy.ipynb #8169e896
@@ -25,13 +25,13 @@ from . import dicom
 from .core import Run, fingerprint, load_json, save_json, save_parquet, stage
 from .dicom import WINDOWS
 from .eda import prepare_tables
-from .stacks import (NOTES, Layout, assign_studies, brain_area, brain_share, crop_square, group_stacks, head_box, note_path, order_slices, safe_name, sort_slices,
+from .stacks import (BOXES, NOTES, Layout, assign_studies, brain_area, brain_share, crop_square, group_stacks, head_box, note_path, order_slices, safe_name, sort_slices,
                                  stack_study, study_box, write_study)
 from .storage import ABOUT, check_room, free_space, level_errors, open_stack
 from .workers import dask_client, run_dask, run_local, run_with_care
 
 # %% ../nbs/02_create_npy.ipynb #a0fe296c
-_all_ = ["assign_studies", "brain_area", "brain_share", "crop_square", "head_box", "order_slices", "safe_name", "stack_study", "study_box"]    # of `stacks`
+_all_ = ["BOXES", "assign_studies", "brain_area", "brain_share", "crop_square", "head_box", "order_slices", "safe_name", "stack_study", "study_box"]    # of `stacks`
 
 log = logging.getLogger("rsna_helpers")
 
@@ -61,7 +61,7 @@ class _Plan:
     def __init__(self, headers, root, layout):
         g = group_stacks(headers); split = headers.split if "split" in headers else pd.Series(None, headers.index, object)
         clash = split.groupby(g["stack"]).transform("nunique") > 1
-        t = headers.reindex(columns=_COLUMNS).assign(split=split, notes=g.notes, study=g["stack"].where(~clash, g["stack"] + "-" + split.astype(str)))
+        t = headers.reindex(columns=_COLUMNS).assign(split=split, notes=g.notes, study=g["stack"].where(~clash | split.eq("train"), g["stack"] + "-" + split.astype(str)))
         t = sort_slices(t.assign(file=[os.path.join(root, p) for p in t.path]), by="study")
         size = headers.file_bytes if "file_bytes" in headers else 0
         text = t[["image", "path", "error"]].astype(object); key = text.where(text.notna(), "").assign(z=t.z, a=t.spacing_row.astype(float), b=t.spacing_col.astype(float), size=size)
@@ -119,7 +119,7 @@ def convert(headers: pd.DataFrame,   # from `dicom.header_table`, with columns s
             folder,                  # where the stacks go
             read,                    # path -> (HU, header)
             size: int = 256,         # side of the stacks in pixels
-            crop: bool = True,       # cut to the head?
+            crop: object = True,     # cut to the head? 'body': to the outline of the body
             n_jobs: int = None,      # processes; all cores by default; 1: this process, which a decoder that crashes would end
             progress: bool = True,   # say what is done?
             *, cluster=None,         # address ('tcp://host:8786') or client of a Dask cluster, in place of processes
@@ -157,15 +157,17 @@ def _about(layout, file) -> str: # what is worth saying; the rest is in the file
 # %% ../nbs/02_create_npy.ipynb #c57c1499
 def create_npy(run: Run,             # from `core.start`
                size: int = None,     # side of the stacks in pixels; default: what the profile says
-               crop: bool = True,    # cut to the head?
+               crop: object = True,  # cut to the patient, as the task says? or as `stacks.Layout` takes it
                n_jobs: int = None,   # processes; all cores by default
                *, cluster=None,      # address ('tcp://host:8786') or client of a Dask cluster that sees the same disk
                spacing: float = None,         # mm a pixel: every stack shows `size*spacing` mm, whatever the head takes
                store: str = "int16",          # 'uint8' takes half the room, see `storage.make_levels`
-               min_brain_share: float = .02,  # slices with less in the brain window are flagged
+               min_brain_share: float = None, # slices with less in the brain window are flagged; default: .02 where the task cuts to heads, else none
                progress: bool = True,         # say what is done?
               ) -> pd.DataFrame:     # the index, a row an image
     "All raw images as stacks in `npy/`, with `npy/index.parquet`."
+    crop = run.task.crop if crop is True else crop
+    if min_brain_share is None: min_brain_share = .02 if run.task.crop is True else 0.
     asked = dict(size=size, crop=crop, spacing=spacing, store=store, min_brain_share=min_brain_share)
     made = asked | dict(size=size or run.stack_size); windows = {w: WINDOWS[w] for w in run.task.windows}
     _, headers = prepare_tables(run, n_jobs)
@@ -253,7 +255,7 @@ def convert_folder(folder,               # folder of images, file, or list of fi
                    out,                  # where the stacks and `index.parquet` go
                    read=None,            # path -> (HU, header); default: `dicom.read_image`
                    size: int = 256,      # side of the stacks in pixels
-                   crop: bool = True,    # cut to the head?
+                   crop: object = True,  # cut to the head? see `stacks.Layout`
                    n_jobs: int = None,   # processes; all cores by default
                    progress: bool = True,  # say what is done?
                    **options,            # others of `convert`: `cluster`, `spacing`, `store`, ...

@@ -75,8 +75,8 @@ def compare(run: Run,             # from `core.start`
             truth: pd.DataFrame,  # index image; the labels, patient and brain_cm2
             predictions: dict,    # name -> DataFrame of probabilities
            ) -> pd.DataFrame:     # a row a name
-    "Score with interval, AUC and position-matched AUC of the last label (`any`) for several predictions of the same images."
-    labels = list(run.task.labels); y = truth[labels]; main = labels[-1]; rows = []
+    "Score with interval, AUC and position-matched AUC of the main label for several predictions of the same images."
+    labels = list(run.task.labels); y = truth[labels]; main = run.task.main; rows = []
     strata = position_strata(truth.brain_cm2.to_numpy(float), n=10)
     for name, p in predictions.items():
         p = p.loc[y.index, labels]; score, low, high = score_interval(run.task.score_rows(y.to_numpy(float), p.to_numpy(float)), truth.patient, seed=run.seed)
@@ -127,4 +127,4 @@ def make_report(run: Run, df: pd.DataFrame, oof: pd.DataFrame, recipe: Recipe, n
                   data=data_facts(df, labels), folds=fold_facts(df, labels), training=notes, recipe=recipe.to_json(), facts=facts, images=len(oof), patients=int(truth.patient.nunique()),
                   warning="These images chose the epoch that was kept, so the scores are a little better than on patients that nothing was chosen by.", seconds=sum(n["seconds"] for n in notes), versions=versions())
     place = truth.position/(truth.n_slices - 1).clip(lower=1)
-    return write_report(folder, report, report_figures(truth[labels], oof, truth.patient, cut.threshold, place, seed=run.seed))
+    return write_report(folder, report, report_figures(truth[labels], oof, truth.patient, cut.threshold, place, seed=run.seed, main=run.task.main))

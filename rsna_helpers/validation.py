@@ -374,6 +374,8 @@ def link_groups(df: pd.DataFrame,     # one row an image
     return pd.Series(np.asarray(keys, object)[first[part[code]]], index=df.index, name="group")
 
 # %% ../nbs/03_create_validation.ipynb #cc421835
+_MANY = dict(image="images", study="studies")   # what a row of the table may be
+
 def _leak(df, column, fold) -> dict: # groups of a column that are in more than one fold
     known = df[column].notna().to_numpy(); code, keys = _group_codes(df.loc[known, column])
     at, folds = pd.factorize(fold[known], sort=True)
@@ -382,15 +384,16 @@ def _leak(df, column, fold) -> dict: # groups of a column that are in more than 
     return dict(what=column, groups=len(keys), with_several_rows=several, in_several_folds=len(split),
                 named=[f"{keys[g]!s} in folds {', '.join(map(str, folds[there[g]]))}" for g in split[:5]])
 
-def _say_leak(leak, whole) -> str: # a sentence, or "" where there is none
+def _say_leak(leak, whole, unit) -> str: # a sentence, or "" where there is none
     if not leak["in_several_folds"]: return ""
     n, of, what = leak["in_several_folds"], leak["with_several_rows"], leak["what"]
     if n <= .5 * of: how = f"{n:,} of {leak['groups']:,} values of {what!r} are in more than one fold"
-    else: how = f"these folds were dealt by {whole or 'image'}, not by {what}: {n / of:.0%} of the {of:,} values of {what!r} with several images are in more than one fold"
+    else: how = f"these folds were dealt by {whole or unit}, not by {what}: {n / of:.0%} of the {of:,} values of {what!r} with several {_MANY[unit]} are in more than one fold"
     return f"LEAK: {how}: {'; '.join(leak['named'])}{'; ...' if n > len(leak['named']) else ''}"
 
 # %% ../nbs/03_create_validation.ipynb #3e428bb9
-def _cross(pairs, fold) -> pd.DataFrame: # the pairs of images that stand in two folds
+def _cross(pairs, fold, row_of=None) -> pd.DataFrame: # the pairs of images that stand in two folds
+    if row_of is not None: fold = pd.Series(fold.reindex(row_of).to_numpy(), index=row_of.index)
     a, b = (fold.reindex(pairs[c]).to_numpy(dtype=object) for c in ("image_a", "image_b"))
     return pairs.assign(fold_a=a, fold_b=b)[~(pd.isna(a) | pd.isna(b) | (a == b))]
 
@@ -404,27 +407,28 @@ def _say_pairs(cross, counts) -> list: # sentences
     return out
 
 # %% ../nbs/03_create_validation.ipynb #ea4d7473
-def audit(df: pd.DataFrame,        # one row an image
+def audit(df: pd.DataFrame,        # one row an image, or a study (then its index is named so)
           labels: Sequence[str],   # its 0/1 columns
           group: str,              # its column of groups (patients)
           fold,                    # column of `df`, or a Series (matched by index) or array
           also: Sequence[str] = (),# further columns whose values should not be split, for example the study
-          duplicates: tuple = None,# from `find_duplicates`; the index of `df` must then be the image
+          duplicates: tuple = None,# from `find_duplicates`; the index of `df` must then be the image, or `row_of` tell the row
           shares: dict = None,     # share of the rows that each fold should have; default: the same for all
+          row_of: pd.Series = None,# index image; its row in `df`, where a row is a study
          ) -> dict:                # plain values, ready for JSON: `sound`, `findings` (sentences), `leaks`, `images`, `deviation`, `table`
     "All that is known about folds. A leak is a finding here, not an exception; bad input is a `ValueError`."
     labels, code, keys, y = _checked(df, labels, group)
     fold = pd.Series(_aligned(_column(df, fold) if isinstance(fold, str) else fold, df.index), index=df.index)
     leaks = [_leak(df, c, fold.to_numpy()) for c in (group, *also)]
     whole = next((l["what"] for l in leaks[1:] if not l["in_several_folds"] and l["groups"] > leaks[0]["groups"]), None)
-    findings = [s for l in leaks if (s := _say_leak(l, whole if l is leaks[0] else None))]
+    unit = "study" if df.index.name == "study" else "image"; findings = [s for l in leaks if (s := _say_leak(l, whole if l is leaks[0] else None, unit))]
     pairs, counts = duplicates if duplicates is not None else (None, {})
-    cross = None if pairs is None else _cross(pairs, fold)
+    cross = None if pairs is None else _cross(pairs, fold, row_of)
     if cross is not None: findings += _say_pairs(cross, counts)
     table = _count(labels, code, keys, y, fold.to_numpy(), shares)
     images = {} if cross is None else dict(counts, identical_in_two_folds=int(cross.identical.sum()), similar_in_two_folds=int((~cross.identical).sum()),
                                            nearest=cross.head(20).astype(object).to_dict("records"))
-    return dict(sound=not any(f.startswith("LEAK") for f in findings), findings=findings, rows=len(df), groups=len(keys), leaks=leaks, images=images,
+    return dict(sound=not any(f.startswith("LEAK") for f in findings), findings=findings, rows=len(df), unit=_MANY[unit], groups=len(keys), leaks=leaks, images=images,
                 deviation={by: largest_deviation(table, by).to_dict() for by in ("rows", "groups")}, table=table.reset_index().to_dict("list"))
 
 # %% ../nbs/03_create_validation.ipynb #d3e7d3cd
@@ -435,7 +439,7 @@ def plot_audit(report: dict,        # from `audit`
     import matplotlib.pyplot as plt
     table = pd.DataFrame(report["table"]).set_index("fold"); n = len(deviations(table).columns)
     fig, axes = plt.subplots(1, 2, figsize=(3.2 + 1.25 * len(table), 1.7 + .32 * n), dpi=70, layout="constrained")
-    for ax, by, unit in zip(axes, ("rows", "groups"), ("images", report["leaks"][0]["what"])):
+    for ax, by, unit in zip(axes, ("rows", "groups"), (report.get("unit", "images"), report["leaks"][0]["what"])):
         plot_folds(table, limit, by, ax).set_title(f"counted by {unit}: up to {deviations(table, by).abs().max().max():.2%}", fontsize=10)
     split = [f"{l['in_several_folds']:,} of {l['groups']:,} ({l['what']})" for l in report["leaks"] if l["in_several_folds"]]
     same = report["images"].get("identical_in_two_folds", 0)
@@ -450,9 +454,9 @@ def create_folds(run: Run,             # from `core.start`
                  n_folds: int = 5,     # how many
                  given=None,           # folds made elsewhere, see `import_folds`; used from then on, until `folds_given.parquet` is deleted
                  pictures: bool = True,# look for identical images of different patients, and keep such patients together?
-                ) -> pd.DataFrame:     # index image; patient, study, group (linked patients), fold
-    "Patient-grouped folds of the labelled images in `folds.parquet`, with the audit in `folds.json`. Raises `LeakageError` if what is given or on disk leaks."
-    df, without = _fold_table(run); labels = list(run.task.labels)
+                ) -> pd.DataFrame:     # index image; patient, study, group (linked patients), fold; where labels belong to studies, index study and no such column
+    "Patient-grouped folds of the labelled images or studies in `folds.parquet`, with the audit in `folds.json`. Raises `LeakageError` if what is given or on disk leaks."
+    df, without, row_of = _fold_table(run); labels = list(run.task.labels); names = [c for c in ("patient", "study") if c in df]
     file, kept = run.data/"folds.parquet", run.data/"folds_given.parquet"
     fresh = given is not None
     if fresh: given = import_folds(df, "patient", given)
@@ -462,22 +466,24 @@ def create_folds(run: Run,             # from `core.start`
         if not (s["done"] and file.is_file()):
             s["done"] = False; duplicates = find_duplicates(run) if pictures else None
             same = duplicates[0][duplicates[0].identical] if pictures else pd.DataFrame(dict(group_a=[], group_b=[]))
-            df["group"] = link_groups(df, ["patient", "study"], zip(same.group_a, same.group_b))
+            df["group"] = link_groups(df, names, zip(same.group_a, same.group_b))
             df["fold"] = make_folds(df, labels, "group", n_folds, run.seed) if given is None else import_folds(df, "patient", given)
-            report = audit(df, labels, "group", "fold", ["patient", "study"], duplicates)
+            report = audit(df, labels, "group", "fold", names, duplicates, row_of=row_of)
             if given is not None: check_no_leak(df.group, df.fold)
-            save_parquet(df[["patient", "study", "group", "fold"]], file)
-            s["result"] = dict(images=len(df), patients=int(df.patient.nunique()), linked_patients=int(df.patient.nunique() - df.group.nunique()), without_patient=without,
+            save_parquet(df[[*names, "group", "fold"]], file)
+            s["result"] = dict(images=len(df if row_of is None else row_of), patients=int(df.patient.nunique()), linked_patients=int(df.patient.nunique() - df.group.nunique()), without_patient=without,
                                largest_deviation=report["deviation"]["rows"], even=evenness(df, labels, "group", "fold").reset_index().to_dict("list"), audit=report)
     folds = _gate(pd.read_parquet(file))
     if fresh: save_parquet(folds[["fold"]].assign(pictures=pictures), kept)                   # only what has passed
     return folds
 
-def _fold_table(run) -> tuple: # labelled images with a patient (index image; patient, study and the labels), and how many have none
+def _fold_table(run) -> tuple: # labelled rows with a patient (index image or study; patient, study and the labels); images without a patient; the study of each image, where rows are studies
     index, (labels, _) = load_index(run), prepare_tables(run)
-    index = index[index.split == "train"]
-    return index[index.patient.notna()].set_index("image")[["patient", "study"]].join(labels, how="inner"), int(index.patient.isna().sum())
+    index = index[index.split == "train"]; known = index[index.patient.notna()]; without = len(index) - len(known)
+    if run.task.level == "image": return known.set_index("image")[["patient", "study"]].join(labels, how="inner"), without, None
+    df = known.drop_duplicates("study").set_index("study")[["patient"]].join(labels, how="inner")
+    return df, without, known[known.study.isin(df.index)].set_index("image").study
 
 def _gate(folds: pd.DataFrame) -> pd.DataFrame: # the same, or `LeakageError`
-    for column in ("patient", "study", "group"): check_no_leak(folds[column], folds.fold)
+    for column in folds.columns.drop("fold"): check_no_leak(folds[column], folds.fold)
     return folds
