@@ -114,7 +114,7 @@ class StudyHead(nn.Module):
         if kind == "attention": self.mix = Attention(n_in, width, layers, drop, ordered)
         elif kind == "mean": self.mix = Mean(n_in, width, layers, drop)
         else: self.mix = Recurrent(nn.LSTM if kind == "lstm" else nn.GRU, n_in, width, layers, drop)
-        self.drop, self.weigh = nn.Dropout(drop), nn.Linear(self.mix.n_out, 1)
+        self.n_out, self.drop, self.weigh = self.mix.n_out, nn.Dropout(drop), nn.Linear(self.mix.n_out, 1)
         self.image, self.study = nn.Linear(self.mix.n_out, n_labels), nn.Linear(self.mix.n_out, n_labels)
         for p in (*self.image.parameters(), *self.study.parameters()): nn.init.zeros_(p)
 
@@ -123,23 +123,30 @@ class StudyHead(nn.Module):
                 mask,            # (b, n), True where there is an image
                ):                # logits of the images (b, n, labels), 0 in the padding, and of the studies (b, labels)
         "Raises `ValueError` for a study without images, or with padding before an image."
+        return self.read(features, logits, mask)[:2]
+
+    def read(self, features, logits, mask): # the two of `forward`, and what the study's answer is made from (b, `n_out`)
+        "Everything the head has to say of a batch."
         if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any(): raise ValueError("every study needs an image, and its images come before the padding")
         there = mask.unsqueeze(-1); z = self.project(features)
         parts = [z, neighbour_differences(z, mask), logits/4] if self.ordered else [z, logits/4]
         h = self.drop(self.mix(torch.cat(parts, -1)*there, mask))
         images = logits + self.image(h)
         pooled = (h*self.weigh(h).masked_fill(~there, -torch.inf).softmax(1)).sum(1)
-        return images*there, images.masked_fill(~there, -torch.inf).amax(1) + self.study(pooled)
+        return images*there, images.masked_fill(~there, -torch.inf).amax(1) + self.study(pooled), pooled
 
 # %% ../nbs/helpers/heads.ipynb #1d2a81d1
 class HeadMean(nn.Module):
     "The mean of the logits of several heads over the same features."
     def __init__(self, heads):  # `StudyHead`s
-        super().__init__(); self.heads, self.ordered = nn.ModuleList(heads), heads[0].ordered
+        super().__init__(); self.heads, self.ordered, self.n_out = nn.ModuleList(heads), heads[0].ordered, sum(h.n_out for h in heads)
 
-    def forward(self, features, logits, mask): # as a `StudyHead`
-        images, studies = zip(*[h(features, logits, mask) for h in self.heads])
-        return torch.stack(images).mean(0), torch.stack(studies).mean(0)
+    def forward(self, features, logits, mask): return self.read(features, logits, mask)[:2] # as a `StudyHead`
+
+    def read(self, features, logits, mask): # as a `StudyHead`
+        "The mean of what the heads say, and all that they say it from."
+        images, studies, pooled = zip(*[h.read(features, logits, mask) for h in self.heads])
+        return torch.stack(images).mean(0), torch.stack(studies).mean(0), torch.cat(pooled, -1)
 
 def make_heads(kinds: str,  # of `KINDS`, joined by "+"
                *sizes,      # of `StudyHead`: features, labels, width, layers, dropout, ordered

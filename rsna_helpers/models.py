@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'load_pretrained', 'read_weights', 'n_channels', 'Member', 'build_model', 'build_head', 'count_cost', 'budget',
-           'with_neighbours', 'low_precision', 'fast_cpu', 'stack_features', 'read_study', 'predict_stack',
-           'save_model', 'load_model']
+           'build_whole', 'with_neighbours', 'low_precision', 'fast_cpu', 'stack_features', 'read_study',
+           'predict_stack', 'honest', 'scored', 'any_part', 'read_part', 'name_parts', 'predict_parts', 'save_model',
+           'load_model']
 
 # %% ../nbs/helpers/models.ipynb #970fbed5
 import json
@@ -69,8 +70,9 @@ def n_channels(recipe: Recipe) -> int: # of what the network sees
 class Member(nn.Module):
     "One fold: an encoder over images, and perhaps a head over the whole study. Called, it gives the logits of images, one by one."
     def __init__(self, encoder,     # a timm model
-                 head: StudyHead = None):
-        super().__init__(); self.encoder, self.head = encoder, head
+                 head: StudyHead = None,
+                 whole: StudyHead = None):    # where a study is cut into parts: `head` is over the images of a part, this over the parts
+        super().__init__(); self.encoder, self.head, self.whole = encoder, head, whole
 
     @property
     def classifier(self): return self.encoder.get_classifier()      # the last layer, features to logits
@@ -129,6 +131,11 @@ def budget(recipe: Recipe,
 
 
 # %% ../nbs/helpers/models.ipynb #0781f14f
+def build_whole(member: Member, recipe: Recipe, n_parts: int) -> StudyHead: # untrained: the study is its worst part
+    "The model of a study over its parts: what the head says of each, and which one it is."
+    ordered = recipe.whole in ("lstm", "gru"); n = (member.head.n_out if member.head else member.classifier.in_features) + n_parts
+    return StudyHead(recipe.whole, n, 1, recipe.head_width, 1, recipe.head_drop, ordered)
+
 def with_neighbours(stack,        # (n, h, w), or (n, 2, h, w) with masks
                     k: int,       # images below and above
                    ):             # (n, 1 + 2k, ...); at the ends the last image stands in
@@ -187,7 +194,7 @@ def predict_stack(members: list,    # from `load_model`
                   views=None,       # default: all of the recipe
                   batch: int = 64,  # images at a time
                  ) -> tuple:        # probabilities of the images (n, labels) and of the study (labels,), numpy
-    """A study through all members and views, averaged. Without a head the study's probability is the highest of its images.
+    """A study through all members and views, averaged. Without a head the study's probability follows from its images by `Recipe.study`.
 
     A stack without images gives no rows, and NaN for the study."""
     hu = torch.from_numpy(np.array(stack)); images, studies = [], []
@@ -198,8 +205,51 @@ def predict_stack(members: list,    # from `load_model`
             p, study = (g.sigmoid(), None) if recipe.head == "none" else read_study(m.head, f, g)
             images.append(p); studies.append(study)
     images = torch.stack(images).mean(0).double().cpu().numpy()
-    return images, images.max(0) if recipe.head == "none" else torch.stack(studies).mean(0).double().cpu().numpy()
+    return images, getattr(images, recipe.study)(0) if recipe.head == "none" else torch.stack(studies).mean(0).double().cpu().numpy()
 
+
+# %% ../nbs/helpers/models.ipynb #3fba5783
+def honest(p, weight: float): return p/(weight - (weight - 1)*p) # the probability behind the answer that a score wants which counts positives `weight` times
+def scored(p, weight: float): return weight*p/(1 + (weight - 1)*p) # and back
+
+def any_part(p,                 # (..., parts) answers
+             weight: float = 1.,# of a positive in the score
+            ):                  # (...)
+    "The answer for a study from those for its parts, as if these were independent."
+    return scored(1 - (1 - honest(p, weight)).prod(-1), weight)
+
+@torch.no_grad()
+def read_part(member: Member, features, logits) -> tuple: # what is known of a part (k,) and its logit (1,); both directions averaged
+    "What a member says of one part, from `stack_features`."
+    if member.head is None: return features.mean(0), logits.amax(0)
+    there = torch.ones(1, len(features), dtype=torch.bool, device=features.device); flips = ((), (0,)) if member.head.ordered else ((),)
+    said = [member.head.read(features.flip(d)[None], logits.flip(d)[None], there)[1:] for d in flips]
+    return sum(s[1][0] for s in said)/len(said), sum(s[0][0] for s in said)/len(said)
+
+def name_parts(known, # (..., parts, k)
+              ):      # (..., parts, k + parts)
+    "Beside what is known of a part, which one it is."
+    n = known.shape[-2]
+    return torch.cat([known, torch.eye(n, device=known.device).expand(*known.shape[:-1], n)], -1)
+
+@torch.no_grad()
+def predict_parts(members: list,    # from `load_model`
+                  recipe: Recipe,
+                  crops,            # int16 (parts, n, ...): the stack of each part
+                  device: str = "cpu",
+                  views=None,       # default: all of the recipe
+                  batch: int = 64,
+                 ) -> tuple:        # answers for the parts (parts,), and for the study (NaN without a `whole`), numpy
+    "A study in parts through all members and views, averaged."
+    parts, studies = [], []
+    for view in views or recipe.tta:
+        for m in members:
+            known, logits = (torch.stack(x) for x in zip(*[read_part(m, *stack_features([m], recipe, c, device, view, batch)[0]) for c in crops]))
+            if m.whole is not None:
+                logits, study = (x[0] for x in m.whole(name_parts(known)[None], logits[None], torch.ones(1, len(crops), dtype=torch.bool, device=known.device))); studies.append(study.sigmoid())
+            parts.append(logits[:, 0].sigmoid())
+    mean = lambda x: torch.stack(x).mean(0).double().cpu().numpy()
+    return mean(parts), float(mean(studies)[0]) if studies else np.nan
 
 # %% ../nbs/helpers/models.ipynb #e10bef49
 def save_model(folder,            # folder of the model
@@ -225,8 +275,9 @@ def load_model(folder,             # folder of the model
     if not files: raise FileNotFoundError(f"{folder} has no model_fold*.safetensors")
     models = []
     for f in files:
-        m = build_model(replace(recipe, pretrained=False), len(about["labels"]))
+        m = build_model(replace(recipe, pretrained=False), 1 if about.get("parts") else len(about["labels"]))
         if recipe.head != "none": m.head = build_head(m, recipe)
+        if recipe.whole != "none": m.whole = build_whole(m, recipe, len(about["parts"]))
         state = read_weights(f)
         if not any(k.startswith("encoder.") for k in state): raise ValueError(f"{f} is of an earlier version, or not a model of this package: train the recipe {recipe.name!r} again")
         try: m.load_state_dict(state)

@@ -60,6 +60,11 @@ class Recipe:
     head_epochs: int = 15
     head_lr: float = 1e-3
     head_ordered: bool = True       # do the images follow each other? False for views of an X-ray: no neighbours, no distance, "attention" or "mean" only
+    study: str = "max"              # without a head, the answer for a study: the highest of its images, or their "mean"
+    whole: str = "none"             # over the parts of a study, where a task cuts it into parts: "attention", "mean", "lstm" or "gru"; "none": from the parts as if they were independent
+    part_slices: int = 15           # images a part
+    part_size: int = 96             # their side in pixels
+    part_mm: float = 80.            # and in mm
     head_keep: float = .8           # share of the images of a study that is shown in a step of training; each step draws anew
     tta: tuple = ("as is", "flip", "turn", "turn flip")     # views that are averaged when predicting: mirrored, turned by 8 degrees
 
