@@ -179,7 +179,7 @@ def plot_prevalence(headers: pd.DataFrame, labels: pd.DataFrame, ax=None): # axe
     t = prevalence(headers, labels); n = t.loc["n"]; t = t.drop("n").sort_values(t.columns[-1])
     ax = new_axes("Rare in images, common in patients" if "image" in t else "How many have which label", "share with the label", size=(6, .45*len(t) + 1), ax=ax)
     for k, (c, colour) in enumerate(zip(t.columns[::-1], [ACCENT, INK, GREY])):
-        ax.barh(np.arange(len(t)) + (1 - k)*.26, t[c], height=.24, color=colour, label=f"{c} (n = {n[c]:,.0f})")
+        ax.barh(np.arange(len(t)) + ((len(t.columns) - 1)/2 - k)*.78/len(t.columns), t[c], height=.72/len(t.columns), color=colour, label=f"{c} (n = {n[c]:,.0f})")
     ax.set_yticks(range(len(t)), t.index); ax.xaxis.set_major_formatter("{x:.0%}"); ax.legend(fontsize=8, frameon=False, loc="lower right")
     return ax
 
@@ -311,7 +311,7 @@ def sample_pixels(run: Run,               # from `core.start`
         try: hu, h = run.task.read_image(run.raw/r.path)
         except DicomError as e: rows.append(row | dict(error=e.cause)); continue
         px = _stored(run.raw/r.path, h); rows.append(row | _pixel_row(hu, px, h)); both = counts.setdefault(_family(h), [0, 0])
-        both[0] = both[0] + count_values(hu if px is None else px); both[1] = both[1] + count_values(hu)
+        both[0] = both[0] + (0 if px is None else count_values(px)); both[1] = both[1] + count_values(hu)
     return pd.DataFrame(rows).reindex(columns=_PIXELS), counts
 
 # %% ../nbs/01_eda.ipynb #b22ebca7
@@ -320,10 +320,11 @@ def plot_pixels(counts: dict, # from `sample_pixels`
                ):             # figure
     "Values as the files store them, and the HU that are made of them."
     fig, axes = plt.subplots(1, 2, figsize=(10.5, 2.9), dpi=72, layout="constrained", sharey=True)
-    families = sorted(counts, key=lambda f: -counts[f][1].sum())[:top]
-    for k, (ax, title, label) in enumerate(zip(axes, ("As stored: other numbers for the same tissue", "In HU, after the repairs, they agree"), ("stored value", "HU"))):
+    agree = len(counts) > 1; families = sorted(counts, key=lambda f: -counts[f][1].sum())[:top]
+    for k, (ax, title, label) in enumerate(zip(axes, ("As stored" + ": other numbers for the same tissue"*agree, "In HU" + ", after the repairs, they agree"*agree), ("stored value", "HU"))):
         new_axes(title, label, "share of the pixels (logarithmic)" if k == 0 else "", ax=ax); ax.set_yscale("log"); ends = []
         for i, f in enumerate(families):
+            if not np.any(counts[f][k]): continue                      # compressed: nobody knows what was stored
             c = counts[f][k].reshape(-1, 32).sum(axis=1); x = np.arange(len(c) + 1)*32 + LOWEST; on = np.flatnonzero(c > 1e-6*c.sum()); ends += [x[on[0]] - 200, x[on[-1]] + 200]
             ax.stairs(np.maximum(c/c.sum(), 1e-6), x, baseline=1e-6, color=plt.cm.Dark2(i), lw=1.2, label=f)
         ax.set_xlim(min(ends, default=0), max(ends, default=1)); ax.set_ylim(1e-6, 1.5)
