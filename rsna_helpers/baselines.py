@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .core import Run
 from .dicom import WINDOWS
+from .metrics import scored
 from .npy import load_stack
 
 # %% ../nbs/helpers/baselines.ipynb #5e450916
@@ -83,4 +84,4 @@ def baselines(run: Run,                # from `core.start`
     else: kinds |= {"brain area and position": (trees, position_features), "blurred thumbnail": (linear, lambda d: thumbnail_features(run, d))}
     out = {"constant (training prevalence)": np.tile(y.mean(0), (len(valid), 1))}
     for name, (make, features) in kinds.items(): out[name] = _fit_predict(make, features(train), y, features(valid))
-    return {k: pd.DataFrame(p, index=valid.index, columns=labels) for k, p in out.items()}
+    return {k: pd.DataFrame(scored(p, run.task.positive_weight), index=valid.index, columns=labels) for k, p in out.items()}       # as the score wants them

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEMORRHAGE_LABELS', 'HEMORRHAGE_WEIGHTS', 'CSPINE_LABELS', 'CSPINE_WEIGHTS', 'side_by_side', 'checked',
            'weighted_log_loss', 'hemorrhage_rows', 'hemorrhage_log_loss', 'cspine_rows', 'cspine_log_loss',
-           'study_kappa', 'by_row', 'group_codes', 'rank_auc', 'matched_auc', 'study_mean', 'study_scores',
-           'position_strata', 'ratio_interval', 'score_interval', 'binned_counts', 'average_precision',
+           'study_kappa', 'scored', 'honest', 'by_row', 'group_codes', 'rank_auc', 'matched_auc', 'study_mean',
+           'study_scores', 'position_strata', 'ratio_interval', 'score_interval', 'binned_counts', 'average_precision',
            'resampled_curves', 'reliability', 'expected_calibration_error', 'class_report', 'paired_report']
 
 # %% ../nbs/helpers/metrics.ipynb #f1c07d6f
@@ -217,6 +217,17 @@ def study_kappa(y,                      # truth, (studies,)
     chance = decision.mean() * y.mean() + (1 - decision.mean()) * (1 - y.mean())
     if decision.all() or not decision.any() or y.all() or not y.any(): return 0.
     return float((agree - chance) / (1 - chance))
+
+# %% ../nbs/helpers/metrics.ipynb #82693fa7
+def scored(p,             # probabilities
+           weight: float, # of a positive in the score, beside 1 for a negative
+          ):              # what the score wants to hear
+    "The answer that a weighted log loss rewards most, where the probability is `p`."
+    return weight*p/(1 + (weight - 1)*p)
+
+def honest(p, weight: float): # probabilities
+    "The probability behind an answer: `scored` undone."
+    return p/(weight - (weight - 1)*p)
 
 # %% ../nbs/helpers/metrics.ipynb #9fb659a3
 def by_row(name: str, # the argument

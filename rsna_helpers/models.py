@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'load_pretrained', 'read_weights', 'n_channels', 'Member', 'build_model', 'build_head', 'count_cost', 'budget',
            'build_whole', 'with_neighbours', 'low_precision', 'fast_cpu', 'stack_features', 'read_study',
-           'predict_stack', 'honest', 'scored', 'any_part', 'read_part', 'name_parts', 'predict_parts', 'save_model',
-           'load_model']
+           'predict_stack', 'any_part', 'read_part', 'name_parts', 'predict_parts', 'save_model', 'load_model']
 
 # %% ../nbs/helpers/models.ipynb #970fbed5
 import json
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import networks  # registers its networks with timm
 from .heads import StudyHead, make_heads
 from .inputs import Inputs
+from .metrics import honest, scored
 from .recipes import Recipe
 
 # %% ../nbs/helpers/models.ipynb #240253a6
@@ -209,9 +209,6 @@ def predict_stack(members: list,    # from `load_model`
 
 
 # %% ../nbs/helpers/models.ipynb #3fba5783
-def honest(p, weight: float): return p/(weight - (weight - 1)*p) # the probability behind the answer that a score wants which counts positives `weight` times
-def scored(p, weight: float): return weight*p/(1 + (weight - 1)*p) # and back
-
 def any_part(p,                 # (..., parts) answers
              weight: float = 1.,# of a positive in the score
             ):                  # (...)

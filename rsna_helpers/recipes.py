@@ -6,7 +6,7 @@
 __all__ = ['REAL', 'RECIPES', 'Recipe']
 
 # %% ../nbs/helpers/recipes.ipynb #f09942f9
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 # %% ../nbs/helpers/recipes.ipynb #b03f64c7
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Recipe:
     head_ordered: bool = True       # do the images follow each other? False for views of an X-ray: no neighbours, no distance, "attention" or "mean" only
     study: str = "max"              # without a head, the answer for a study: the highest of its images, or their "mean"
     whole: str = "none"             # over the parts of a study, where a task cuts it into parts: "attention", "mean", "lstm" or "gru"; "none": from the parts as if they were independent
+    cut: bool = False               # cut each study into the parts that the task names, and ask each part; False: ask the study as it is
     part_slices: int = 15           # images a part
     part_size: int = 96             # their side in pixels
     part_mm: float = 80.            # and in mm
@@ -73,6 +74,10 @@ class Recipe:
         return next((s for share, s in self.grow if epoch + 1 <= share*self.epochs and epoch + 1 < self.epochs), self.size)
 
     def to_json(self) -> dict: return asdict(self)
+
+    def of(self, task): # the recipe with what the task changes in it
+        "For a task of `tasks`: what it says for all profiles, then what it says for this one."
+        return replace(self, **{**task.recipes.get("all", {}), **task.recipes.get(self.name, {})})
 
     @classmethod
     def from_json(cls, d: dict): # recipe from a dict; unknown keys are an error that names them

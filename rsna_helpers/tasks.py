@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'read_table', 'unstack_labels', 'check_ids', 'check_probabil
 
 # %% ../nbs/helpers/tasks.ipynb #89b66521
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,7 @@ class Task:
     picture_window: tuple = None      # (center, width) assumed of an exported 8-bit picture, to get back to HU
     n_images: int = None              # images of the real training set
     splits: tuple = ("train", "test")
+    recipes: dict = field(default_factory=dict, hash=False)     # name of a recipe, or "all" -> fields of `Recipe` that are others for this task
     columns = ("ID", "Label")         # of a submission
 
     def check_layout(self, raw) -> list: raise NotImplementedError
@@ -289,7 +290,11 @@ TASKS = {t.name: t for t in [
                class_weights=(1, 1, 1, 1, 1, 2), level="image", windows=("brain", "subdural", "soft"), picture_window=(40, 80), n_images=752_803),
     Cspine(name="cspine", title="RSNA 2022: cervical spine fractures on neck CT", slug="rsna-2022-cervical-spine-fracture-detection",
            labels=metrics.CSPINE_LABELS, main="patient_overall", parts=metrics.CSPINE_LABELS[1:], class_weights=metrics.CSPINE_WEIGHTS, positive_weight=2.,
-           level="study", windows=("bone", "soft"), crop="body", picture_window=dicom.WINDOWS["bone"], n_images=711_601),
+           level="study", windows=("bone", "soft"), crop="body", picture_window=dicom.WINDOWS["bone"], n_images=711_601,
+           recipes=dict(all=dict(cut=True, mask=True, neighbours=2, windows=((400, 1800),), head="gru", whole="attention", study="mean", grow=(), keep_empty=1., harden=0., export=0., hu_shift=30., shade=0., noise=30., blur=.5),
+                        test=dict(part_size=48, part_slices=5, size=48, head_width=16, head_layers=1, head_epochs=2, neighbours=1),
+                        quick=dict(part_size=80, size=80, neighbours=1, epochs=8, head_width=64, tta=("as is", "flip")),
+                        kaggle_t4=dict(part_size=160, size=160, epochs=6), full=dict(part_size=224, size=224, epochs=8))),
 ]}
 
 
