@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'PART', 'find_images', 'Trained', 'load_folders', 'predict_models', 'predict', 'fill_in', 'ensemble',
-           'submission_path', 'score_held_out', 'submit', 'print_summary']
+           'submission_path', 'score_held_out', 'submit', 'plural', 'print_summary']
 
 # %% ../nbs/05_inference_submission.ipynb #4194f29a
 import hashlib
@@ -27,13 +27,15 @@ from .baselines import baselines
 from .calibration import load_calibration
 from .core import Run, fingerprint, load_json, save_json, save_parquet, short_path, versions
 from .eda import prepare_tables
-from .metrics import class_report
-from .models import load_model, predict_stack
+from .metrics import class_report, honest, scored
+from .models import load_model, predict_parts, predict_stack
 from .npy import INDEX, list_files, load_stack
+from .parts import answer_study, cut_study, empty_parts
 from .recipes import Recipe
+from .segment import load_segmenter
 from .streaming import NO_TIME, Budget, plan_ladder, study_source
-from .tasks import check_ids
-from .train import compare, fit, training_table
+from .tasks import Task, check_ids
+from .train import answer_table, compare, fit, training_table
 
 # %% ../nbs/05_inference_submission.ipynb #fcd1ca11
 log = logging.getLogger("rsna_helpers")
@@ -55,7 +57,19 @@ class Trained:
     members: list    # a network a fold
     recipe: Recipe
     about: dict      # labels, layout of the stacks, prior, ...
+    task: Task
     calibration: object = None   # `Calibration`, or None
+    segmenter: object = None     # of a recipe that cuts studies into parts
+
+    def answer(self, stack, rows, members, views, device) -> tuple: # answers for the images (n, labels), or None where studies are cut, and for the study (labels,)
+        "A study through some of the members. Raises `FloatingPointError` where the network gives no number."
+        if not self.recipe.cut: images, study = predict_stack(members, self.recipe, stack, device, views=views); p = np.vstack([images, study])
+        else:
+            crops = empty_parts(self.task, self.recipe) if rows is None else cut_study(self.segmenter, stack, rows, self.recipe, rows.study.iloc[0])[0]
+            p = answer_study(self.task, *predict_parts(members, self.recipe, crops, device, views), self.about["whole_by"])[None]
+        if not np.isfinite(p).all(): raise FloatingPointError("the network gave no number")
+        w = self.task.positive_weight; p = scored(self.calibration.apply(honest(p, w)), w) if self.calibration else p
+        return None if self.recipe.cut else p[:-1], p[-1]
 
 def load_folders(run: Run, folders: list, tta: bool = True) -> list: # a `Trained` a folder
     "Model folders. Raises `ValueError` where one is of other labels than the task's."
@@ -63,7 +77,7 @@ def load_folders(run: Run, folders: list, tta: bool = True) -> list: # a `Traine
     for f in folders:
         members, recipe, about = load_model(f, run.device)
         if list(about["labels"]) != list(run.task.labels): raise ValueError(f"{f} predicts {', '.join(about['labels'])}; the task {run.task.name} asks for {', '.join(run.task.labels)}")
-        out.append(Trained(members, recipe if tta else replace(recipe, tta=recipe.tta[:1]), about, load_calibration(f)))
+        out.append(Trained(members, recipe if tta else replace(recipe, tta=recipe.tta[:1]), about, run.task, load_calibration(f), load_segmenter(f, run.device) if recipe.cut and (Path(f)/"segmenter.json").is_file() else None))
     return out
 
 def predict_models(models: list,  # from `load_folders`
@@ -71,17 +85,15 @@ def predict_models(models: list,  # from `load_folders`
                    views: int,    # of each recipe, at most
                    folds: int,    # of all folders together: the first of each, then the second, ...
                    device: str = "cpu",
-                  ) -> tuple:     # probabilities of the images (n, labels) and of the study (labels,)
+                   rows=None,     # index rows of the stack, which say where its slices lie; None: only to see whether the network works
+                  ) -> tuple:     # answers for the images (n, labels), or None where no model gives any, and for the study (labels,)
     "Calibrated mean over model folders. Raises `FloatingPointError` where the network gives no number."
     turn = sorted((k, i) for i, m in enumerate(models) for k in range(len(m.members)))[:folds]; out = []
     for i, m in enumerate(models):
         members = [m.members[k] for k, j in turn if j == i]
-        if not members: continue
-        p = np.vstack(predict_stack(members, m.recipe, stack, device, views=m.recipe.tta[:views]))       # the study in the last row
-        if not np.isfinite(p).all(): raise FloatingPointError("the network gave no number")
-        out.append(m.calibration.apply(p) if m.calibration else p)
-    p = np.mean(out, axis=0)
-    return p[:-1], p[-1]
+        if members: out.append(m.answer(stack, rows, members, m.recipe.tta[:views], device))
+    images = [i for i, _ in out if i is not None]
+    return np.mean(images, axis=0) if images else None, np.mean([s for _, s in out], axis=0)
 
 # %% ../nbs/05_inference_submission.ipynb #05a00007
 PART = 16    # studies in a file
@@ -100,7 +112,7 @@ class _Parts: # tables of finished studies, each whole or not there
 
 def _answer(run, models, plan, stack, rows): # index rows of a study with its probabilities, or with the cause why there are none
     columns = [f"p_{l}" for l in run.task.labels]; there = (rows.position >= 0).to_numpy()
-    try: images, study = predict_models(models, stack, *plan, run.device)
+    try: images, study = predict_models(models, stack, *plan, run.device, rows[there])
     except (RuntimeError, ValueError, FloatingPointError) as e:
         if isinstance(e, torch.cuda.OutOfMemoryError): torch.cuda.empty_cache()
         predict_models(models, np.full((1, *stack.shape[1:]), -1000, np.int16), 1, 1, run.device)         # raises where it is not the study's fault
@@ -120,7 +132,7 @@ def _pass(run, models, source, budget, folder, bar): # DataFrame: index rows, `k
             for name, r in index.groupby("study", sort=False):
                 if not (r.position >= 0).any(): parts.add(r.assign(kept="", **{f"p_{l}": np.nan for l in run.task.labels})); rest -= len(r); bar.update(len(r)); continue
                 stack = load_stack(where, name)
-                if budget.hours and not budget.units and budget.left() > 0: _probe(run, models, budget, stack[:32])
+                if budget.hours and not budget.units and budget.left() > 0: _probe(run, models, budget, stack if any(m.recipe.cut for m in models) else stack[:32])
                 plan = budget.choose(len(r), rest - len(r), name)
                 if plan is None: break
                 began = budget.clock(); parts.add(_answer(run, models, budget.plans[plan], stack, r.assign(kept=budget.name(plan))))
@@ -248,15 +260,15 @@ def submission_path(run: Run) -> Path: # where `submission.csv` goes
 
 def score_held_out(run: Run, p: pd.DataFrame, index: pd.DataFrame): # report dict, or None where no truth is known
     "Scores on test patients who are not in training, beside those of models that cannot see a bleed."
-    if run.truth is None or run.task.level != "image": return None
-    labels = list(run.task.labels); train = training_table(run)
-    index = index.assign(brain_cm2=index.brain_cm2.fillna(0.), patient=index.patient.fillna(index.index.to_series()))
-    t = index.join(run.truth.loc[index.index, labels]); held = t[~t.patient.isin(train.patient)]
+    if run.truth is None: return None
+    labels = list(run.task.labels); train = answer_table(run, training_table(run)); w = run.task.positive_weight
+    index = index.assign(brain_cm2=index.brain_cm2.fillna(0.) if index.brain_cm2.notna().any() else np.nan, patient=index.patient.fillna(index.index.to_series()))
+    t = answer_table(run, index.join(run.truth.loc[index.index, labels])); held = t[~t.patient.isin(train.patient)]
     base = baselines(run, train, held[held.position >= 0], prepare_tables(run)[1])
-    base = {k: v.reindex(held.index).fillna(train[labels].mean()) for k, v in base.items()}
+    base = {k: v.reindex(held.index).fillna(scored(train[labels].mean(), w)) for k, v in base.items()}
     table = compare(run, held, {**base, "model": p.loc[held.index]})
-    classes = class_report(held[labels].to_numpy(), p.loc[held.index, labels].to_numpy(), labels, held.patient.to_numpy(), seed=run.seed)
-    return dict(scores=table.to_dict("index"), classes=classes.to_dict("index"), images=len(held), patients=int(held.patient.nunique()), left_out=int(t.patient.isin(train.patient).sum()))
+    classes = class_report(held[labels].to_numpy(), honest(p.loc[held.index, labels].to_numpy(), w), labels, held.patient.to_numpy(), seed=run.seed)
+    return dict(scores=table.to_dict("index"), classes=classes.to_dict("index"), level=run.task.level, images=len(held), patients=int(held.patient.nunique()), left_out=int(t.patient.isin(train.patient).sum()))
 
 def submit(run: Run,           # from `core.start`
            folder=None,        # model folder, or several; default: the one of the run's profile
@@ -276,6 +288,8 @@ def submit(run: Run,           # from `core.start`
     return report
 
 # %% ../nbs/05_inference_submission.ipynb #ecfa51de
+def plural(task: Task) -> str: return dict(image="images", study="studies")[task.level] # of what the task asks about
+
 def print_summary(run: Run): # prints
     "The result of a whole run: the score beside the constant prediction, and where things are."
     report = load_json(run.data/"submission.json")
@@ -283,9 +297,9 @@ def print_summary(run: Run): # prints
     held = report["held_out"]
     if held:
         model, constant = held["scores"]["model"], held["scores"]["constant (training prevalence)"]
-        print(f"held-out patients ({held['patients']} patients, {held['images']} images, none of them in training):")
+        print(f"held-out patients ({held['patients']} patients, {held['images']} {plural(run.task)}, none of them in training):")
         for name, s in held["scores"].items(): print(f"  {name:30s} log loss {s['log_loss']:.4f} [{s['low']:.4f}, {s['high']:.4f}]   " + "   ".join(f"{k} {v:.3f}" for k, v in s.items() if "AUC" in k))
         print(f"model / constant prediction: {model['log_loss']/constant['log_loss']:.2f}")
     else: print("the truth of the test images is not known; the out-of-fold scores are in notebook 04")
-    if report["filled"]: print(f"{len(report['filled'])} images could not be read and were filled with the prevalence: {', '.join(list(report['filled'])[:5])}")
+    if report["filled"]: print(f"{len(report['filled'])} {plural(run.task)} could not be read and were filled with the prevalence: {', '.join(list(report['filled'])[:5])}")
     print(f"submission: {short_path(report['path'])}")
