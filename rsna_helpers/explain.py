@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOWEST', 'HIGHEST', 'INK', 'ACCENT', 'GREY', 'MASK_COLOURS', 'window_pair', 'count_values', 'hist_bins',
            'hist_scaled', 'window_bins', 'to_grey', 'share_in_window', 'new_axes', 'body_box', 'stack_box', 'thumbnail',
-           'plot_windows', 'outline', 'add_mask', 'montage', 'cut', 'plot_stack', 'gallery', 'make_gif', 'save_gif',
-           'animate', 'data_uri', 'viewer_page', 'viewer', 'save_viewer']
+           'plot_windows', 'outline', 'add_mask', 'check_slices', 'small_mask', 'montage', 'cut', 'plot_stack',
+           'gallery', 'make_gif', 'save_gif', 'animate', 'data_uri', 'viewer_page', 'viewer', 'save_viewer']
 
 # %% ../nbs/helpers/explain.ipynb #98a4e233
 import base64
@@ -99,9 +99,10 @@ def new_axes(title, xlabel="", ylabel="", size=(6, 3), ax=None): # axes with a t
 def body_box(hu: np.ndarray, # HU
             ) -> tuple:      # (top, bottom, left, right) in pixels
     "Around what is denser than fat, thin things such as the table left out; all of the picture where there is nothing."
-    solid = cv2.morphologyEx((hu > -30).astype(np.uint8), cv2.MORPH_OPEN, np.ones((max(hu.shape)//40 or 1,)*2, np.uint8))
+    k = max(max(hu.shape)//128, 1); small = cv2.resize(np.asarray(hu, np.float32), (-(-hu.shape[1]//k), -(-hu.shape[0]//k)), interpolation=cv2.INTER_AREA) if k > 1 else hu # the mean of k x k pixels: a bone kernel is noisy
+    solid = cv2.morphologyEx((small > -30).astype(np.uint8), cv2.MORPH_OPEN, np.ones((max(small.shape)//40 or 1,)*2, np.uint8))
     r, c = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    return (int(r[0]), int(r[-1]) + 1, int(c[0]), int(c[-1]) + 1) if len(r) else (0, hu.shape[0], 0, hu.shape[1])
+    return (int(r[0]*k), min(int(r[-1] + 1)*k, hu.shape[0]), int(c[0]*k), min(int(c[-1] + 1)*k, hu.shape[1])) if len(r) else (0, hu.shape[0], 0, hu.shape[1])
 
 def stack_box(stack) -> tuple: # (top, bottom, left, right), or None where the slices differ in size
     "One box for all slices, so that the head does not jump."
@@ -145,7 +146,7 @@ def plot_windows(hu: np.ndarray,   # (rows, columns) HU
     return fig
 
 # %% ../nbs/helpers/explain.ipynb #8cbe5640
-MASK_COLOURS = [(230, 85, 70), (86, 180, 233), (240, 228, 66), (0, 190, 120), (204, 121, 167), (240, 160, 0), (90, 120, 255), (255, 255, 255)]
+MASK_COLOURS = [(222, 83, 25), (62, 167, 221), (255, 243, 23), (0, 218, 165), (190, 76, 154), (235, 164, 45), (93, 100, 255), *[(201, 255, 255), (142, 113, 107)]*6, (255, 255, 255)]
 
 def outline(mask: np.ndarray,     # (rows, columns), bool or labels from 0
            ) -> np.ndarray:       # same shape, uint8: the label on the inner edge of its region, 0 elsewhere
@@ -164,14 +165,14 @@ def add_mask(grey: np.ndarray,    # (rows, columns) uint8
         edge = outline(mask); on = edge > 0; rgb[on] = np.array(MASK_COLOURS, np.uint8)[(edge[on] - 1) % len(MASK_COLOURS)]
     return rgb
 
-def _checked(stack, mask, captions, mark): # everything has one entry a slice, and every mask the size of its slice
+def check_slices(stack, mask, captions, mark): # everything has one entry a slice, and every mask the size of its slice
     for name, v in dict(mask=mask, captions=captions, mark=mark).items():
         if v is not None and len(v) != len(stack): raise ValueError(f"{name} has {len(v)} entries for {len(stack)} slices")
     if mask is None: return
     for i, (m, hu) in enumerate(zip(mask, stack)):
         if m is not None and hu is not None and np.shape(m) != hu.shape: raise ValueError(f"mask of slice {i} is {np.shape(m)}; the slice is {hu.shape}")
 
-def _small_mask(mask, i, px, box): # the mask of slice `i` at the size of a thumbnail; None where there is none
+def small_mask(mask, i, px, box): # the mask of slice `i` at the size of a thumbnail; None where there is none
     return None if mask is None or mask[i] is None else _fit(np.asarray(mask[i]).astype(np.uint8), px, box, cv2.INTER_NEAREST)
 
 # %% ../nbs/helpers/explain.ipynb #71bb6f6b
@@ -187,12 +188,12 @@ def montage(stack,              # HU images in order; None is drawn as a cross
             ax=None,
            ):                   # axes
     "One study in reading order. Raises `ValueError` where captions, marks or masks do not fit the slices."
-    _checked(stack, mask, captions, mark)
+    check_slices(stack, mask, captions, mark)
     every = every or max(-(-len(stack)//60), 1); window, box, shown = window_bins(window, stack), stack_box(stack), range(0, len(stack), every)
     cols = cols or min(range(8, 12), key=lambda c: -len(shown) % c); n = -(-len(shown)//cols); sheet = np.zeros((n*px, cols*px, 3), np.uint8)
     if ax is None: _, ax = plt.subplots(figsize=(cols*px/72, n*px/72 + .3), dpi=72, layout="constrained")
     for k, i in enumerate(shown):
-        y, x = k//cols*px, k % cols*px; sheet[y:y + px, x:x + px] = add_mask(thumbnail(stack[i], window, px, box), _small_mask(mask, i, px, box))
+        y, x = k//cols*px, k % cols*px; sheet[y:y + px, x:x + px] = add_mask(thumbnail(stack[i], window, px, box), small_mask(mask, i, px, box))
         if mark is not None and mark[i]: ax.add_patch(plt.Rectangle((x + .5, y + .5), px - 3, px - 3, fill=False, color="#ff6b57", lw=1.5))
         ax.text(x + 4, y + 5, captions[i] if captions is not None else i + 1, color="white", fontsize=6, va="top", parse_math=False)
     ax.imshow(sheet); ax.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False); ax.axis("off")
@@ -204,9 +205,9 @@ def cut(stack,            # HU images of one size, lowest first
         at: int = None,   # which; by default the middle of the body
        ) -> np.ndarray:   # (slices, columns or rows) HU, highest slice first; air for what cannot be read
     "A plane across the slices. Reads one line a slice, so a stack on disk is not loaded."
-    box = stack_box(stack)
     if axis not in ("coronal", "sagittal"): raise ValueError(f"axis must be 'coronal' or 'sagittal', got {axis!r}")
-    if box is None: raise ValueError("the slices differ in size, or there are none")
+    if len({hu.shape for hu in _images(stack)}) != 1: raise ValueError("the slices differ in size, or there are none")
+    box = stack_box(stack) if at is None else None
     at = (box[0] + box[1])//2 if at is None and axis == "coronal" else (box[2] + box[3])//2 if at is None else at
     shape = next(_images(stack)).shape; lines = [None if hu is None else hu[at] if axis == "coronal" else hu[:, at] for hu in stack]
     return np.stack([np.full(shape[1 if axis == "coronal" else 0], dicom.AIR) if v is None else v for v in lines])[::-1]
@@ -245,7 +246,7 @@ def gallery(images,             # HU images; None leaves a gap
     fig.get_layout_engine().set(w_pad=.01, h_pad=.01, hspace=0, wspace=.01); fig.suptitle(title, fontsize=10, color=INK, x=0, ha="left") if title else None
     for k, ax in enumerate(axes.flat):
         ax.axis("off"); ok = k < len(images) and images[k] is not None
-        if ok: box = body_box(images[k]); ax.imshow(add_mask(thumbnail(images[k], windows[k], px, box), None if masks is None else _small_mask(masks, k, px, box)))
+        if ok: box = body_box(images[k]); ax.imshow(add_mask(thumbnail(images[k], windows[k], px, box), None if masks is None else small_mask(masks, k, px, box)))
         if k < len(images) and titles is not None: ax.set_title(titles[k], fontsize=7, color=INK, pad=2, parse_math=False)
         if not ok: ax.set_xlim(0, 1)
     for name, row in zip(rows or [], axes): row[0].text(-.04, .5, name, rotation=90, ha="right", va="center", multialignment="center", transform=row[0].transAxes, fontsize=8, color=INK)
@@ -270,10 +271,10 @@ def make_gif(stack,              # HU images in order
              every: int = None,  # show each n-th; by default as many as make at most 120 frames
             ) -> bytes:          # an animated GIF
     "A study as an animated GIF."
-    _checked(stack, mask, captions, mark); window, box, frames = window_bins(window, stack), stack_box(stack), []
+    check_slices(stack, mask, captions, mark); window, box, frames = window_bins(window, stack), stack_box(stack), []
     palette = [*np.repeat(np.round(np.linspace(0, 255, levels)).astype(int), 3).tolist(), 255, 107, 87, *np.ravel(MASK_COLOURS).tolist()]
     for i in range(0, len(stack), every or max(-(-len(stack)//120), 1)):
-        grey, small = np.rint(thumbnail(stack[i], window, px, box)/255*(levels - 1)).astype(np.uint8), _small_mask(mask, i, px, box)
+        grey, small = np.rint(thumbnail(stack[i], window, px, box)/255*(levels - 1)).astype(np.uint8), small_mask(mask, i, px, box)
         if small is not None: edge = outline(small); grey = np.where(edge > 0, levels + 1 + (edge.astype(int) - 1) % len(MASK_COLOURS), grey).astype(np.uint8)
         im = Image.frombytes("P", (px, px), grey.tobytes()); im.putpalette(palette + [0]*(768 - len(palette)))
         frames.append(_label_frame(im, _texts(stack, captions)[i], mark is not None and bool(mark[i]), levels - 1, levels))
@@ -331,7 +332,7 @@ def data_uri(im, form, **kwargs): # an image inside a page
     f = io.BytesIO(); im.save(f, form, **kwargs); return f"data:image/{form.lower()};base64,{base64.b64encode(f.getvalue()).decode()}"
 
 def _mask_sheet(mask, shown, px, box, cols): # outlines in colour on nothing
-    tiles = [outline(np.zeros((px, px), np.uint8) if (m := _small_mask(mask, i, px, box)) is None else m) for i in shown]; sheet = _sheet(tiles, cols)
+    tiles = [outline(np.zeros((px, px), np.uint8) if (m := small_mask(mask, i, px, box)) is None else m) for i in shown]; sheet = _sheet(tiles, cols)
     im = Image.fromarray(np.where(sheet > 0, (sheet.astype(int) - 1) % len(MASK_COLOURS) + 1, 0).astype(np.uint8)); im.putpalette([0, 0, 0, *np.ravel(MASK_COLOURS).tolist()])
     return data_uri(im, "PNG", transparency=0, optimize=True)
 
@@ -349,7 +350,7 @@ def viewer_page(stack,              # HU images in order
                 max_kb: int = 2000, # of the page; beyond it the pictures become smaller, then fewer
                ) -> str:            # a whole HTML page that needs nothing else
     "A study as a page with a slider. Texts are data to the page, never markup."
-    _checked(stack, mask, captions, mark); windows = [windows] if isinstance(windows, (str, np.ndarray)) or np.isscalar(windows[0]) and not isinstance(windows[0], str) else list(windows)
+    check_slices(stack, mask, captions, mark); windows = [windows] if isinstance(windows, (str, np.ndarray)) or np.isscalar(windows[0]) and not isinstance(windows[0], str) else list(windows)
     if not len(stack): raise ValueError("there are no slices to show")
     scales, box, texts = [window_bins(w, stack) for w in windows], stack_box(stack), _texts(stack, captions)
     for side, quality, every in ((px, 75, 1), (px*3//4, 70, 1), (px//2, 65, 1), (px*3//8, 60, 1), (px*3//8, 50, 2), (px*3//8, 45, 4), (px//4, 40, 8)):

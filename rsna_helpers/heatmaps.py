@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam, LayerGradientXActivation
 
 from .core import Run
-from .explain import ACCENT, GREY, INK, MASK_COLOURS, body_box, new_axes, outline, thumbnail
+from .explain import INK, MASK_COLOURS, body_box, outline, thumbnail
 from .head import KINDS, make_head
 from .inputs import Inputs
 from .metrics import ratio_interval
@@ -26,6 +26,7 @@ from .models import Member
 from .npy import load_index, load_stack
 from .recipes import Recipe
 from .stacks import Fit
+from .volumes import plot_level_curve
 
 # %% ../nbs/helpers/heatmaps.ipynb #cac81ca9
 def map_layers(member: Member,  # from `build_model` or `load_model`
@@ -159,6 +160,7 @@ def plot_study_curve(p,              # (n,) probability of each slice, lowest sl
                      masks=None,     # (n, h, w): outlined
                      top: int = 5,   # how many slices are shown
                      window="brain", # see `to_grey`
+                     levels=None, boxes=None, # bands and bars, see `plot_level_curve`
                      title: str = "Score by slice; shaded: slices with the label",
                     ):               # figure
     "The scores along a study, and its hottest slices with their maps. Raises `ValueError` where the lengths differ."
@@ -167,9 +169,7 @@ def plot_study_curve(p,              # (n,) probability of each slice, lowest sl
         if v is not None and len(v) != n: raise ValueError(f"{name} has {len(v)} entries for {n} slices")
     fig = plt.figure(figsize=(7.6, 2.2 + 1.7*(stack is not None)), dpi=72, layout="constrained")
     grid = fig.add_gridspec(2 if stack is not None else 1, max(top, 1), height_ratios=[2, 1.6] if stack is not None else None)
-    ax = new_axes(title, "slice, from the lowest", "probability", ax=fig.add_subplot(grid[0, :])); ax.set_ylim(0, 1.04); ax.set_xlim(.5, n + .5); ax.xaxis.get_major_locator().set_params(integer=True)
-    for i in np.flatnonzero(np.asarray(truth) if truth is not None else []): ax.axvspan(i + .5, i + 1.5, color=GREY, alpha=.35, lw=0)
-    ax.plot(np.arange(1, n + 1), p, color=ACCENT, lw=1.5, marker="o", ms=3)
+    ax = plot_level_curve(p, levels, boxes, truth, title, fig.add_subplot(grid[0, :]))
     for k, i in enumerate(_hottest(p, top) if stack is not None else []):
         hu = np.asarray(stack[i]); small = fig.add_subplot(grid[1, k]); small.axis("off"); ax.plot(i + 1, p[i], "o", ms=7, mfc="none", color=INK)
         small.imshow(overlay(hu, np.zeros(hu.shape) if maps is None else maps[i], None if masks is None else masks[i], window, 150)); small.set_title(f"slice {i + 1}: {p[i]:.2f}", fontsize=8, color=INK)

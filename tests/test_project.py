@@ -34,7 +34,7 @@ def test_module_keeps_the_rules(path):
 
 
 def test_imports_run_one_way():
-    order = ["metrics", "header", "codecs", "hounsfield", "workers", "dicom", "storage", "stacks", "tasks", "anatomy", "bleeds", "vertebrae", "fractures", "head", "neck", "writer", "phantom_neck", "phantom", "core", "explain", "eda", "datasheet", "npy", "variants", "duplicates", "validation", "calibration", "evaluation", "baselines", "recipes", "inputs", "networks", "heads", "models", "loaders", "callbacks", "records", "learner", "parallel", "sequence", "masks", "segment", "parts", "train", "heatmaps", "galleries", "streaming", "inference", "experiments"]
+    order = ["metrics", "header", "codecs", "hounsfield", "workers", "dicom", "storage", "stacks", "tasks", "anatomy", "bleeds", "vertebrae", "fractures", "head", "neck", "writer", "phantom_neck", "phantom", "core", "explain", "volumes", "eda", "datasheet", "npy", "variants", "duplicates", "validation", "calibration", "evaluation", "baselines", "recipes", "inputs", "networks", "heads", "models", "loaders", "callbacks", "records", "learner", "parallel", "sequence", "masks", "segment", "parts", "train", "heatmaps", "galleries", "streaming", "inference", "experiments"]
     order = [m for m in order if (ROOT/"rsna_helpers"/f"{m}.py").is_file()]
     for m in order:
         used = set(re.findall(r"from (?:rsna_helpers)?\.(\w+) import", (ROOT/"rsna_helpers"/f"{m}.py").read_text()))
