@@ -11,7 +11,6 @@ from rsna_helpers import core, datasheet, dicom, eda, evaluation, npy, validatio
 from rsna_helpers.baselines import baselines
 from rsna_helpers.duplicates import find_duplicates
 from rsna_helpers.metrics import cspine_log_loss, cspine_rows
-from rsna_helpers.phantom import dicom_bytes
 from rsna_helpers.tasks import get_task
 
 TASK = get_task("cspine")
