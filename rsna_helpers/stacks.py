@@ -314,7 +314,7 @@ def _rect(boxes, shape, mm, layout):  # (rect, notes)
     if layout.spacing:
         field = layout.size*layout.spacing if mm and max(layout.size*layout.spacing/m for m in mm) < 8*max(shape) else None
         note = "" if field else "no spacing;"
-    rect = study_rect(boxes, shape, mm or (1., 1.), .04 if layout.crop else 0, field)
+    rect = study_rect(boxes, shape, mm or (1., 1.), .04 if layout.crop is True else 0, field)      # an outline needs no margin: a body that fills the picture is not cut
     if field and any(b is not None for b in boxes):
         need = study_rect(boxes, shape, mm, 0)
         if need[2] > rect[2] or need[3] > rect[3]: note += "larger than the field;"

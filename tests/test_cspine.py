@@ -11,7 +11,6 @@ from rsna_helpers import core, datasheet, dicom, eda, evaluation, npy, validatio
 from rsna_helpers.baselines import baselines
 from rsna_helpers.duplicates import find_duplicates
 from rsna_helpers.metrics import cspine_log_loss, cspine_rows
-from rsna_helpers.phantom import dicom_bytes
 from rsna_helpers.tasks import get_task
 
 TASK = get_task("cspine")
@@ -184,7 +183,15 @@ def test_stacks_ascend_with_z_whatever_the_numbers_do(run):
     down = index[index.study == DESCENDING].sort_values("position"); assert down.image.tolist()[0] == f"{DESCENDING}/106"
     gap = index[index.study == GAP]; assert gap.notes.str.contains("missing slices").sum() == 1 and gap.gap.max() == pytest.approx(1.6)
     assert index[index.study == UID + "777"].sort_values("position").image.str.rpartition("/")[2].astype(int).tolist() == list(range(4, 16))
-    assert core.load_json(run.data/"npy.json")["facts"]["crop"] == "body" and index.mm_row.between(.4, .5).all()                        # 52 of 64 pixels are neck
+    assert core.load_json(run.data/"npy.json")["facts"]["crop"] == "body" and index.mm_row.between(.38, .43).all()                        # 52 of 64 pixels are neck
+
+
+def test_a_body_that_fills_the_picture_is_not_cut():
+    "Not shrunk by a margin either: the stack holds the pixels of the file."
+    hu = np.random.default_rng(0).normal(40, 100, (3, 64, 64)).astype(np.int16)
+    rows = pd.DataFrame(dict(image=list("abc"), path=["0", "1", "2"], study="s", series="x", z=[0., 1., 2.], instance=1, error=None, spacing_row=.5, spacing_col=.5))
+    stack, index = npy.stack_study(rows, lambda p: (hu[int(p)], {}), size=64, crop="body")
+    np.testing.assert_array_equal(stack, hu); assert index[0]["crop_side"] == 64 and index[0]["mm_row"] == .5
 
 
 def test_jpeg_lossless_is_read_to_the_bit(run, tables):
