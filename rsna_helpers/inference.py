@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'PART', 'find_images', 'Trained', 'load_folders', 'predict_models', 'predict', 'fill_in', 'ensemble',
-           'submission_path', 'score_held_out', 'submit', 'plural', 'print_summary']
+           'submission_path', 'score_held_out', 'submit', 'print_summary']
 
 # %% ../nbs/05_inference_submission.ipynb #4194f29a
 import hashlib
@@ -288,8 +288,6 @@ def submit(run: Run,           # from `core.start`
     return report
 
 # %% ../nbs/05_inference_submission.ipynb #ecfa51de
-def plural(task: Task) -> str: return dict(image="images", study="studies")[task.level] # of what the task asks about
-
 def print_summary(run: Run): # prints
     "The result of a whole run: the score beside the constant prediction, and where things are."
     report = load_json(run.data/"submission.json")
@@ -297,9 +295,9 @@ def print_summary(run: Run): # prints
     held = report["held_out"]
     if held:
         model, constant = held["scores"]["model"], held["scores"]["constant (training prevalence)"]
-        print(f"held-out patients ({held['patients']} patients, {held['images']} {plural(run.task)}, none of them in training):")
+        print(f"held-out patients ({held['patients']} patients, {held['images']} {run.task.plural}, none of them in training):")
         for name, s in held["scores"].items(): print(f"  {name:30s} log loss {s['log_loss']:.4f} [{s['low']:.4f}, {s['high']:.4f}]   " + "   ".join(f"{k} {v:.3f}" for k, v in s.items() if "AUC" in k))
         print(f"model / constant prediction: {model['log_loss']/constant['log_loss']:.2f}")
     else: print("the truth of the test images is not known; the out-of-fold scores are in notebook 04")
-    if report["filled"]: print(f"{len(report['filled'])} {plural(run.task)} could not be read and were filled with the prevalence: {', '.join(list(report['filled'])[:5])}")
+    if report["filled"]: print(f"{len(report['filled'])} {run.task.plural} could not be read and were filled with the prevalence: {', '.join(list(report['filled'])[:5])}")
     print(f"submission: {short_path(report['path'])}")

@@ -119,6 +119,9 @@ class Task:
     def sample_file(self, raw) -> Path: raise NotImplementedError
     def score_rows(self, y, p): raise NotImplementedError
 
+    @property
+    def plural(self) -> str: return dict(image="images", study="studies")[self.level] # of what the task asks about
+
     def read_image(self, path) -> tuple: # (2-D array in HU, header dict), or `DicomError`
         "One image of this task."
         return dicom.read_image(path, window=self.picture_window)

@@ -164,6 +164,6 @@ def make_report(run: Run, df: pd.DataFrame, oof: pd.DataFrame, recipe: Recipe, n
     report = dict(title=f"{run.task.title}: recipe {recipe.name}", scores=table.to_dict("index"), classes=classes.to_dict("index"), thresholds=cut.to_dict("index"),
                   calibration=dict(method=chosen.method if chosen else "none helps", notes=list(chosen.notes) if chosen else [], gain={" / ".join(k): v for k, v in gain.to_dict("index").items()}),
                   data=data_facts(rows, labels), folds=fold_facts(rows, labels), training=notes, recipe=recipe.to_json(), facts=facts, images=len(oof), patients=int(truth.patient.nunique()),
-                  warning=f"These {run.task.level.replace('y', 'ie')}s chose the epoch that was kept, so the scores are a little better than on patients that nothing was chosen by.", seconds=sum(n["seconds"] for n in notes), versions=versions(), **more)
+                  warning=f"These {run.task.plural} chose the epoch that was kept, so the scores are a little better than on patients that nothing was chosen by.", seconds=sum(n["seconds"] for n in notes), versions=versions(), **more)
     place = truth.position/(truth.n_slices - 1).clip(lower=1) if run.task.level == "image" else None
     return write_report(folder, report, report_figures(truth[labels], p, truth.patient, cut.threshold, place, seed=run.seed, main=run.task.main))
