@@ -40,17 +40,18 @@ class SegRecipe:
     shape: tuple = (80, 64, 64)     # coarse volume: slices, rows, columns; multiples of 16
     channels: tuple = (16, 32, 64, 128, 128)    # of the U-Net, from fine to coarse; each step halves the grid
     units: int = 1                  # residual units a step
-    steps: int = 300
+    steps: int = 400
     batch: int = 2                  # volumes a step
     lr: float = 3e-3                # peak of one-cycle
     weight_decay: float = 1e-2
     n_folds: int = 4
     folds: tuple = (0,)             # which are held out in turn; a network each
+    background: tuple = (.1, 1.)    # weight of the background in the cross-entropy, at first and at last: nothing is learned from 98 % of one class
     flip: float = .5                # augmentation: share that is mirrored left to right
-    rotate: float = 12.             # degrees about each axis, either way
-    scale: float = .12              # share, either way
-    shift: float = .08              # share of the side, either way
-    cut: float = .4                 # share of volumes that lose up to a third of their slices at the top or the bottom
+    rotate: float = 8.              # degrees about each axis, either way
+    scale: float = .1               # share, either way
+    shift: float = .06              # share of the side, either way
+    cut: float = .25                # share of volumes that lose up to a third of their slices at the top or the bottom
     gain: float = .1                # contrast, share, either way
     noise: float = 60.              # HU, up to
 
@@ -202,14 +203,15 @@ def segment_folds(studies, n_folds: int, seed: int = 42) -> dict: # study -> fol
 
 def _fit_member(hu, mask, recipe, device, seed, bar):  # one network, and its loss at every step
     from monai.losses import DiceCELoss
-    torch.manual_seed(seed); net = build_segmenter(recipe).to(device).train(); loss_of = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+    torch.manual_seed(seed); net = build_segmenter(recipe).to(device, memory_format=torch.channels_last_3d).train(); first, last = recipe.background
     opt = torch.optim.AdamW(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, recipe.lr, total_steps=recipe.steps); losses, queue = [], []
-    for _ in range(recipe.steps):
+    for step in range(recipe.steps):
         while len(queue) < recipe.batch: queue += torch.randperm(len(hu)).tolist()
         which, queue = queue[:recipe.batch], queue[recipe.batch:]
         x, y = augment_volumes(hu[which].float().to(device), mask[which].to(device), recipe)
-        loss = loss_of(net(bone_window(x)), y); opt.zero_grad(); loss.backward(); opt.step(); plan.step()
+        weight = torch.tensor([first*(last/first)**(step/recipe.steps)] + [1.]*(len(CLASSES) - 1), device=device)
+        loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True, weight=weight)(net(bone_window(x).contiguous(memory_format=torch.channels_last_3d)), y); opt.zero_grad(); loss.backward(); opt.step(); plan.step()
         losses.append(float(loss.detach())); bar.update()
     return net, losses
 
@@ -326,14 +328,16 @@ def _to_stack(field, grid):  # (9, d, h, w) -> labels (n, h, w), slice by slice,
     for a, x in ((1, down), (2, right)):
         some = np.flatnonzero(x[:, there.any(tuple({0, 1, 2} - {a}))].any(1)); window.append(slice(some[0], some[-1] + 1))
     down, right = down[window[0]], np.ascontiguousarray(right[window[1]].T)
-    for i in np.flatnonzero(along[:, there.any((1, 2))].any(1)): out[i][tuple(window)] = (down @ np.tensordot(field, along[i], (1, 0)) @ right).argmax(0)
+    for i in np.flatnonzero(along[:, there.any((1, 2))].any(1)): out[i][tuple(window)] = (down @ sum(along[i, k]*field[:, k] for k in np.flatnonzero(along[i])) @ right).argmax(0)
     return out
 
-def _box(mask, centre, grid, label):  # of a label; where it has no voxel: 50 mm around its centre, one slice high
-    at = np.argwhere((mask == label).any((1, 2)))[:, 0]
-    if len(at): m = (mask[at[0]:at[-1] + 1] == label).any(0); return [at[0], at[-1] + 1, *(v for a in (1, 0) for v in np.flatnonzero(m.any(a))[[0, -1]] + [0, 1])]
-    mm = [grid.mm*(c + .5 - s/2) + (grid.edges[a][0] + grid.edges[a][-1])/2 for a, (c, s) in enumerate(zip(centre, grid.shape))]
-    return [int(v) + e for a, r in ((0, 0), (1, 25), (2, 25)) for e, v in enumerate((grid.inside(a, mm[a] - r), grid.inside(a, mm[a] + r)))]
+def _boxes(mask, centres, grid):  # (7, 6); where a level has no voxel: 50 mm around its centre, one slice high
+    out = []
+    for c, found in zip(centres, ndimage.find_objects(mask, 7)):
+        mm = [grid.mm*(v + .5 - s/2) + (e[0] + e[-1])/2 for v, s, e in zip(c, grid.shape, grid.edges)]
+        if found is None: found = [slice(int(grid.inside(a, mm[a] - r)), int(grid.inside(a, mm[a] + r)) + 1) for a, r in enumerate((0, 25, 25))]
+        out.append([v for s in found for v in (s.start, s.stop)])
+    return np.array(out)
 
 def level_shares(mask: np.ndarray) -> np.ndarray: # labels (n, h, w) -> (n, 7) float32, 0 to 1
     "Area of each vertebra in each slice, relative to its largest."
@@ -353,7 +357,7 @@ def find_vertebrae(segmenter,      # `Segmenter`; None: an even split
     mask = _to_stack(_soften(p, labels), grid); shares = level_shares(mask); lacks = [n for n, s in zip(LEVELS, shares.T) if not s.any()]
     if lacks: notes.append(f"no voxel of {', '.join(lacks)}")
     if notes: log.warning("study %s: %s", study or "without a name", "; ".join(notes))
-    return Vertebrae(mask, np.array([_box(mask, c, grid, k + 1) for k, c in enumerate(centres)]), shares, "; ".join(notes))
+    return Vertebrae(mask, _boxes(mask, centres, grid), shares, "; ".join(notes))
 
 # %% ../nbs/helpers/segment.ipynb #17ee52b7
 def crop_positions(boxes,              # (7, 6), from `Vertebrae`

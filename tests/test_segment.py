@@ -12,7 +12,7 @@ from rsna_helpers.masks import LEVELS
 from rsna_helpers.segment import (CLASSES, SEG_RECIPES, Grid, Segmenter, augment_volumes, build_segmenter, coarse_mask, coarse_volume, crop_positions, cut_vertebrae, dice_table, even_split,
                                   find_vertebrae, fit_segmenter, load_segmenter, save_segmenter, segment_folds, slice_targets, tidy_levels)
 
-RECIPE = replace(SEG_RECIPES["test"], rotate=4., shift=.04, scale=.06, cut=.2, noise=30.)
+RECIPE = replace(SEG_RECIPES["test"], steps=400, lr=6e-3, rotate=4., shift=.04, scale=.06, cut=.2, noise=30.)
 
 
 def grid_of(mask, mm, recipe=RECIPE): return Grid.over(mask.shape, mm, recipe.shape)
